@@ -1,0 +1,74 @@
+"""A data set whose every batch is a pure function of (seed, step), so that resuming needs no state.
+
+The randomness is Philox4x64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
+with the seed and the stream as its key and the step in the highest word of its counter. Two steps,
+or training and evaluation, can therefore never draw from the same stretch of it.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORED = -100  # the label of a position that is not scored, cross_entropy's default ignore_index
+
+Stream = Literal["training", "evaluation"]
+Batch = tuple[Tensor, Tensor]
+
+
+def generator(seed: int, step: int, stream: Stream) -> np.random.Generator:
+    """The random numbers of one batch. seed is taken modulo 2**64; step is in [0, 2**64)."""
+    key = [seed % 2**64, ("training", "evaluation").index(stream)]
+    return np.random.Generator(
+        np.random.Philox(
+            key=np.array(key, dtype=np.uint64), counter=np.array([0, 0, 0, step], dtype=np.uint64)
+        )
+    )
+
+
+class Dataset(ABC):
+    """Token sequences and, for every position, the token to predict there.
+
+    vocab_size: tokens are in [0, vocab_size). length: tokens per sequence.
+    """
+
+    vocab_size: int
+    length: int
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def batch(self, step: int, batch_size: int) -> Batch:
+        """The training batch of a step.
+
+        Returns (tokens, labels), int64, (batch_size, length), on the CPU. labels[:, t] is what
+        position t must predict (the shift is done already), or IGNORED.
+        """
+        return self._draw(step, batch_size, "training")
+
+    def evaluation(self, batches: int, batch_size: int) -> list[Batch]:
+        """Held-out batches, the same in every call, from a stream that training never draws."""
+        return [self._draw(index, batch_size, "evaluation") for index in range(batches)]
+
+    def fingerprint(self) -> str:
+        """A SHA-256 in hexadecimal of all that defines the batches: a key for cached scores."""
+        identity = {"seed": self.seed, **self._identity()}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def _draw(self, step: int, batch_size: int, stream: Stream) -> Batch:
+        tokens, labels = self._sequences(generator(self.seed, step, stream), batch_size, stream)
+        return torch.from_numpy(tokens), torch.from_numpy(labels)
+
+    @abstractmethod
+    def _sequences(
+        self, random: np.random.Generator, batch_size: int, stream: Stream
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and labels of a batch, int64, drawn with `random` alone."""
+
+    @abstractmethod
+    def _identity(self) -> dict[str, Any]:
+        """What defines the batches beside the seed, as JSON values."""

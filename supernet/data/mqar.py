@@ -1,0 +1,122 @@
+"""Multi-query associative recall: Arora et al., "Zoology" (2023), arXiv:2312.04927, section 4.
+
+A sequence opens with key-value pairs. Each key then comes once more, and the model must answer it
+with its value:
+
+    tokens   4  9  2  7 │ 0  0  2  0  4  0  0  0        keys 4 and 2, values 9 and 7
+    labels   ·  ·  ·  · │ ·  ·  7  ·  9  ·  ·  ·        · is ignored
+
+Behind the pairs, queries stand in slots of two positions; slot g = 1, 2, … has a probability in
+proportion to g^(power_a - 1), and each slot takes one query at most. Tokens below vocab_size // 2
+are keys (0 is none), those above are values, and no key or value occurs in two pairs.
+"""
+
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from .dataset import IGNORED, Dataset, Stream
+
+
+class MQARConfig(BaseModel):
+    """Multi-query associative recall, with the defaults of the paper's generator.
+
+    power_a: exponent of the gaps between a pair and its query; 1 makes them uniform.
+    random_non_queries: positions that hold neither a pair nor a query hold random tokens (which may
+        be keys, but are not scored) instead of 0.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["mqar"] = "mqar"
+    vocab_size: int = Field(default=8192, ge=4)
+    length: int = Field(default=64, ge=4)
+    pairs: int = Field(default=8, ge=1)
+    power_a: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+    random_non_queries: bool = True
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.length < 4 * self.pairs:
+            raise ValueError(
+                f"length is {self.length}, but {self.pairs} pairs and their queries take "
+                f"4 * pairs = {4 * self.pairs} positions or more"
+            )
+        if self.vocab_size // 2 - 1 < self.pairs:
+            raise ValueError(
+                f"vocab_size is {self.vocab_size}, but {self.pairs} distinct keys take "
+                f"2 * (pairs + 1) = {2 * (self.pairs + 1)} tokens or more"
+            )
+        return self
+
+
+class MQAR(Dataset):
+    """Sequences made by the rule of MQARConfig; see the module's docstring."""
+
+    def __init__(self, config: MQARConfig, seed: int) -> None:
+        super().__init__(seed)
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.length = config.length
+        slots = np.arange(1, (config.length - 2 * config.pairs) // 2 + 1, dtype=np.float64)
+        self._slot_weights = slots ** (config.power_a - 1)
+
+    def _sequences(
+        self, random: np.random.Generator, batch_size: int, stream: Stream
+    ) -> tuple[np.ndarray, np.ndarray]:
+        shape, prefix, half = (batch_size, self.length), 2 * self.config.pairs, self.vocab_size // 2
+        drawn = (batch_size, self.config.pairs)
+        keys = 1 + _distinct(random, drawn, half - 1)
+        values = half + _distinct(random, drawn, self.vocab_size - half)
+        queries = prefix + 2 * _distinct_weighted(random, drawn, self._slot_weights)
+
+        if self.config.random_non_queries:
+            tokens = random.integers(self.vocab_size, size=shape)
+        else:
+            tokens = np.zeros(shape, dtype=np.int64)
+        tokens[:, 0:prefix:2] = keys
+        tokens[:, 1:prefix:2] = values
+        np.put_along_axis(tokens, queries, keys, axis=1)
+        labels = np.full(shape, IGNORED, dtype=np.int64)
+        np.put_along_axis(labels, queries, values, axis=1)
+        return tokens, labels
+
+    def _identity(self) -> dict[str, Any]:
+        return self.config.model_dump(mode="json")
+
+
+def _distinct(random: np.random.Generator, shape: tuple[int, int], choices: int) -> np.ndarray:
+    """Rows of distinct integers below `choices`, every arrangement equally likely.
+
+    Floyd's sampling (Bentley and Floyd, CACM 1987): the work does not grow with `choices`.
+    """
+    drawn = np.empty(shape, dtype=np.int64)
+    for column, newest in enumerate(range(choices - shape[1], choices)):
+        pick = random.integers(newest + 1, size=shape[0])
+        taken = (drawn[:, :column] == pick[:, None]).any(axis=1)
+        drawn[:, column] = np.where(taken, newest, pick)
+    return random.permuted(drawn, axis=1)
+
+
+def _distinct_weighted(
+    random: np.random.Generator, shape: tuple[int, int], weights: np.ndarray
+) -> np.ndarray:
+    """Rows of indices drawn one after another, in proportion to the weights that are left.
+
+    Such draws are the order in which exponential clocks of these rates ring (Efraimidis and
+    Spirakis 2006), so there is no loop over them.
+    """
+    rings = random.standard_exponential((shape[0], len(weights))) / weights
+    return rings.argsort(axis=1)[:, : shape[1]]
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The fraction of labelled positions whose highest logit is the label; NaN if there are none.
+
+    logits: (batch, length, vocab_size). labels: int64, (batch, length), IGNORED where not scored.
+    Returns a 0-d float32 tensor on their device, which is not read.
+    """
+    right = (logits.argmax(-1) == labels).sum()  # IGNORED is no token, so it never counts as right
+    return right / (labels != IGNORED).sum()

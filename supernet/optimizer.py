@@ -1,0 +1,236 @@
+"""AdamW for supernets: a mixer that a step did not use is left alone, without the host knowing.
+
+AdamW is Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (ICLR 2019, algorithm 2). A
+zero gradient is not the same as no update: momentum goes on moving the weights, decay goes on
+shrinking them, and the bias correction goes on counting. So every gate (one mixer of one layer)
+has its own fused call, and a flag on the device decides whether that call writes.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+Group = dict[str, Any]
+
+
+class _Bucket(NamedTuple):
+    """What one fused call updates: parameters of one group, on one device, of one dtype."""
+
+    params: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+
+
+class GatedAdamW(Optimizer):
+    """AdamW whose parameters are shared (always updated) or behind a gate (layer, mixer).
+
+    params: parameters, or groups as any torch optimizer takes them. A group's `gate` is the
+        (layer, mixer) that its parameters belong to, or None (the default): shared. Pass only
+        parameters that train: state is made here and not in the first step, so that a step can be
+        captured in a CUDA graph.
+    lr: a float, or a 0-d float32 tensor on the device (which a captured step reads at each replay).
+    inactive: what happens to a mixer that no sample took. `skip`: its parameters, moments and step
+        counts stay bit for bit what they were. `decay`: it takes a step with a zero gradient, so
+        momentum and weight decay go on, as in Fast-LLM.
+
+    Options may differ from group to group. The state of a parameter is torch's: `exp_avg` and
+    `exp_avg_sq` like the parameter, and `step`, a float32 scalar on the parameter's device.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        inactive: Literal["skip", "decay"] = "skip",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "inactive": inactive,
+            "gate": None,
+            "capturable": True,  # tells load_state_dict to put `step` on the parameter's device
+        }
+        self._buckets: list[list[_Bucket]] | None = None  # per group, until groups or state change
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group, as in torch; its gate may be given as any pair of integers."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _check(group)
+        if group["gate"] is not None:
+            group["gate"] = tuple(group["gate"])
+        for param in group["params"]:
+            self.state[param] = {
+                "step": torch.zeros((), dtype=torch.float32, device=param.device),
+                "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
+            }
+        self._buckets = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore state and options. Raises ValueError where the saved groups have other gates."""
+        saved = [group.get("gate") for group in state_dict["param_groups"]]
+        here = [group["gate"] for group in self.param_groups]
+        if saved != here:
+            raise ValueError(
+                f"state_dict has parameter groups with gates {saved}, this optimizer takes {here}"
+            )
+        super().load_state_dict(state_dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buckets = None  # its lists hold the tensors and groups that were just replaced
+
+    @torch.no_grad()
+    def step(self, used: Tensor | None = None) -> None:  # type: ignore[override]
+        """Update every shared parameter, and the mixers that were used.
+
+        used: any real dtype, (layers, mixers), on the parameters' device; above zero where some
+            sample took the mixer, in whichever micro-batch. Needed where there are gates.
+
+        Parameters without a gradient are passed over, as in torch; under `decay` a gated one counts
+        as having a zero gradient. Nothing is read from the device.
+        """
+        flags = _flags(self.param_groups, used)
+        if self._buckets is None:
+            self._buckets = [self._split(group) for group in self.param_groups]
+        for group, active, buckets in zip(self.param_groups, flags, self._buckets, strict=True):
+            for bucket in buckets:
+                gradients = [param.grad for param in bucket.params]
+                if active is None or group["inactive"] == "skip":
+                    _adamw(group, bucket, gradients, active)
+                else:
+                    _adamw(group, bucket, _zero_unless(active, gradients, bucket.params), None)
+
+    def _split(self, group: Group) -> list[_Bucket]:
+        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for param in group["params"]:
+            kinds.setdefault((param.device, param.dtype), []).append(param)
+        return [
+            _Bucket(
+                params,
+                *(
+                    [self.state[param][name] for param in params]
+                    for name in ("exp_avg", "exp_avg_sq", "step")
+                ),
+            )
+            for params in kinds.values()
+        ]
+
+
+def clip_grad_norm(
+    optimizer: Optimizer | Iterable[Group], max_norm: float, used: Tensor | None = None
+) -> Tensor:
+    """Scale gradients in place so that those of shared and used parameters have `max_norm` at most.
+
+    optimizer: a GatedAdamW, or its groups. used: as in `GatedAdamW.step`.
+    Returns the total L2 norm before scaling, a 0-d tensor on the device. Whatever an unused mixer's
+    gradients hold, NaN included, does not enter it.
+    """
+    groups = list(optimizer.param_groups if isinstance(optimizer, Optimizer) else optimizer)
+    norms = []
+    for group, active in zip(groups, _flags(groups, used), strict=True):
+        gradients = [param.grad for param in group["params"] if param.grad is not None]
+        if gradients:
+            norm = get_total_norm(gradients)
+            norms.append(norm if active is None else torch.where(active > 0, norm, 0))
+    total = get_total_norm(norms)
+    clip_grads_with_norm_([param for group in groups for param in group["params"]], max_norm, total)
+    return total
+
+
+def _flags(groups: Sequence[Group], used: Tensor | None) -> list[Tensor | None]:
+    """For each group None if shared, else whether it was used: float32, (), exactly 0 or 1."""
+    gated = [group for group in groups if group.get("gate") is not None]
+    if not gated:
+        return [None] * len(groups)
+    if used is None:
+        raise ValueError("used is None, but parameters have gates; pass a (layers, mixers) tensor")
+    layers, mixers = (1 + max(group["gate"][axis] for group in gated) for axis in (0, 1))
+    if used.dim() != 2 or used.shape[0] < layers or used.shape[1] < mixers:
+        raise ValueError(
+            f"used has shape {tuple(used.shape)}, but the gates need ({layers}, {mixers}) or more"
+        )
+    for device in {param.device for group in gated for param in group["params"]}:
+        if device != used.device:
+            raise ValueError(f"used is on {used.device}, but gated parameters are on {device}")
+    table = (used > 0).float()
+    gates = [group.get("gate") for group in groups]
+    return [None if gate is None else table[gate] for gate in gates]
+
+
+def _zero_unless(
+    active: Tensor, gradients: Sequence[Tensor | None], params: Sequence[Tensor]
+) -> list[Tensor]:
+    """The gradients where the mixer was used, else zeros, whatever they hold."""
+    return [
+        torch.zeros_like(param) if grad is None else torch.where(active > 0, grad, 0)
+        for grad, param in zip(gradients, params, strict=True)
+    ]
+
+
+def _adamw(
+    group: Group, bucket: _Bucket, gradients: Sequence[Tensor | None], active: Tensor | None
+) -> None:
+    """One fused update of those parameters that have a gradient.
+
+    active: float32, (), 1 to update or 0 to leave every parameter, moment and step count alone.
+        The kernel's `found_inf` does the latter, NaN gradients or not. It takes exactly 0 or 1.
+        None: update.
+    """
+    rows = [row for row in zip(*bucket, gradients, strict=True) if row[-1] is not None]
+    if not rows:
+        return
+    params, exp_avgs, exp_avg_sqs, steps, grads = (
+        list(column) for column in zip(*rows, strict=True)
+    )
+    # The kernel only reads the step counts. A list: adding one tensor to many reads it on the host.
+    torch._foreach_add_(steps, 1 if active is None else [active] * len(steps))
+    torch._fused_adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+        found_inf=None if active is None else 1 - active,
+    )
+
+
+def _check(group: Group) -> None:
+    """Raise ValueError for an option that makes no sense. A tensor lr is not read."""
+    lr, gate = group["lr"], group["gate"]
+    if isinstance(lr, Tensor) and lr.dim() != 0:
+        raise ValueError(f"lr has shape {tuple(lr.shape)}, it takes a float or a 0-d tensor")
+    if not isinstance(lr, Tensor) and lr < 0:
+        raise ValueError(f"lr is {lr}, it takes a number of at least 0")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas are {group['betas']}, both take a number in [0, 1)")
+    for name in ("eps", "weight_decay"):
+        if group[name] < 0:
+            raise ValueError(f"{name} is {group[name]}, it takes a number of at least 0")
+    if group["inactive"] not in ("skip", "decay"):
+        raise ValueError(f"inactive is {group['inactive']!r}, it takes 'skip' or 'decay'")
+    if gate is not None and (
+        len(gate) != 2 or not all(isinstance(i, int) and i >= 0 for i in gate)
+    ):
+        raise ValueError(f"gate is {gate!r}, it takes None or a (layer, mixer) pair of indices")

@@ -1,0 +1,67 @@
+"""Configuration of a search."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveInt,
+    StrictInt,
+    model_validator,
+)
+
+LOWER_IS_BETTER = ("loss", "perplexity", "nll", "error")
+
+
+class SearchConfig(BaseModel):
+    """What to search for, how, and on how much data.
+
+    Budgets are checked against the model's layers and mixers by `SearchSpace.from_budgets`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    training_config: Path | None = Field(None, description="the run whose model is searched")
+    budgets: list[StrictInt] | dict[str, StrictInt] = Field(
+        description="layers of the first mixers in declared order, or by mixer name"
+    )
+    method: Literal["beam", "exhaustive"] = "beam"
+    beam_width: PositiveInt = 12
+    initial_beam_width: PositiveInt = 12
+    early_stop: bool = Field(False, description="whether a budget may be left under-filled")
+    early_stop_threshold: NonNegativeFloat = Field(
+        0.001, description="the least improvement that one more layer has to bring, if early_stop"
+    )
+    exhaustive_limit: PositiveInt = Field(4096, description="placements; more are refused")
+    score_metric: str = Field(description="the metric to rank by, such as loss or accuracy")
+    higher_is_better: bool = True
+    batches: PositiveInt = Field(8, description="evaluation batches, the same for all placements")
+    batch_size: PositiveInt = Field(16, description="samples in an evaluation batch")
+    candidates_per_forward: PositiveInt = Field(
+        8, description="placements that are evaluated together"
+    )
+    output_path: Path = Field(description="the result, a JSON file")
+    journal_path: Path | None = Field(
+        None, description="scores so far; none means output_path with the suffix .journal.jsonl"
+    )
+    output_checkpoint_path: Path | None = Field(
+        None, description="where to write a checkpoint of the best placement; none writes none"
+    )
+    output_checkpoint_format: Literal["tossup", "apriel_hybrid_ssm", "mistral"] = "tossup"
+
+    @model_validator(mode="after")
+    def direction_fits(self) -> "SearchConfig":
+        name = self.score_metric.rsplit("/", 1)[-1]
+        if name.endswith(LOWER_IS_BETTER) and "higher_is_better" not in self.model_fields_set:
+            raise ValueError(
+                f"score_metric is {self.score_metric!r}, which is better when lower, while "
+                "higher_is_better is true by default; say which one holds"
+            )
+        return self
+
+    @property
+    def journal(self) -> Path:
+        return self.journal_path or self.output_path.with_suffix(".journal.jsonl")

@@ -1,0 +1,28 @@
+"""Exhaustive search: score every placement that fills the budgets exactly. For few layers."""
+
+from .scoring import Objective, Scoreboard, ScoreFunction, SearchOutcome
+from .space import SearchSpace
+
+
+def exhaustive_search(
+    score: ScoreFunction,
+    space: SearchSpace,
+    objective: Objective,
+    *,
+    limit: int = 4096,
+    keep: int = 12,
+) -> SearchOutcome:
+    """Find the best placement in `space` for certain, in one call of `score`.
+
+    limit: the most placements to score. ValueError when the budgets allow more.
+    keep: how many of the best the outcome lists.
+    """
+    if space.size > limit:
+        raise ValueError(
+            f"budgets {space.budgets} over {space.layers} layers allow {space.size} placements; "
+            f"an exhaustive search takes at most {limit}: use method: beam, or raise "
+            "exhaustive_limit"
+        )
+    board = Scoreboard(score, space, objective)
+    ranking = board.rank(space)
+    return SearchOutcome("exhaustive", ranking[0], ranking[:keep], [], board)

@@ -1,0 +1,78 @@
+"""Files and folders that are there whole or not at all."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tossup.supernet.files import directory_atomically, recover_directory, write_atomically
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_file_is_written_and_replaced_and_nothing_is_left_beside_it(tmp_path):
+    path = tmp_path / "new" / "result.json"
+    write_atomically(path, "first, and longer")
+    write_atomically(path, b"second")
+    assert path.read_bytes() == b"second"
+    assert os.listdir(path.parent) == ["result.json"]
+
+
+def test_a_directory_is_replaced_whole(tmp_path):
+    path = tmp_path / "checkpoint"
+    for names in (["a", "b"], ["c"]):
+        with directory_atomically(path) as folder:
+            assert folder != path
+            for name in names:
+                (folder / name).write_text(name)
+    assert os.listdir(path) == ["c"]
+    assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+def test_an_error_leaves_the_directory_as_it_was(tmp_path):
+    path = tmp_path / "checkpoint"
+    with directory_atomically(path) as folder:
+        (folder / "a").write_text("good")
+    with pytest.raises(KeyError), directory_atomically(path) as folder:
+        (folder / "a").write_text("bad")
+        raise KeyError
+    assert (path / "a").read_text() == "good"
+    assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+REPLACE_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+from tossup.supernet import files
+
+renames = 0
+rename = os.rename
+
+def dying(source, target):
+    global renames
+    if renames == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    renames += 1
+    rename(source, target)
+
+os.rename = dying
+with files.directory_atomically(Path(sys.argv[1])) as folder:
+    (folder / "a").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("renames_done", [0, 1])
+def test_a_kill_during_the_replacement_keeps_the_previous_directory(tmp_path, renames_done):
+    path = tmp_path / "checkpoint"
+    with directory_atomically(path) as folder:
+        (folder / "a").write_text("old")
+    command = [sys.executable, "-c", REPLACE_AND_DIE, str(path), str(renames_done)]
+    assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
+    recover_directory(path)
+    assert (path / "a").read_text() == "old"
+    with directory_atomically(path) as folder:
+        assert not os.listdir(folder)
+    assert os.listdir(tmp_path) == ["checkpoint"]
