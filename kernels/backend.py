@@ -1,0 +1,39 @@
+"""Which implementation runs: resolved here, and nowhere else."""
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+Impl = Literal["auto", "triton", "cpu", "reference"]
+
+
+def resolve_impl(impl: Impl, device: torch.device) -> str:
+    """Name the implementation for tensors on `device`.
+
+    `auto` is what `TOSSUP_IMPL` says, else Triton on CUDA and the CPU backend elsewhere. An
+    explicit choice is returned as it is: it runs or raises, and never falls back.
+    """
+    chosen = impl
+    if chosen == "auto":
+        chosen = os.environ.get("TOSSUP_IMPL") or ("triton" if device.type == "cuda" else "cpu")
+    if chosen not in ("triton", "cpu", "reference"):
+        raise ValueError(f"impl must be auto, triton, cpu or reference, got {chosen!r}")
+    return chosen
+
+
+def load_backend(package: str, impl: str) -> ModuleType:
+    """The `cpu.py` or `kernel.py` of an op's folder, imported where it first runs.
+
+    So numba and Triton stay out of `import tossup`.
+    package: the op's `__package__`.
+    Raises NotImplementedError where the op has no such backend.
+    """
+    name = {"cpu": "cpu", "triton": "kernel"}[impl]
+    if importlib.util.find_spec(f"{package}.{name}") is None:
+        op = package.rpartition(".")[2]
+        raise NotImplementedError(f"{op} has no {impl} backend; pass impl='cpu' or 'reference'")
+    return importlib.import_module(f"{package}.{name}")

@@ -1,0 +1,180 @@
+"""The Triton kernel's three lives: same bits as the textbook, no host read, and sm_90 code.
+
+Without a GPU the first runs in the interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from tossup.kernels.routing import MixerTable, Strategy, draw
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WORDS = st.integers(-(2**64), 2**65)
+
+
+@st.composite
+def draws(draw_from, most_layers: int, most_samples: int):
+    """A strategy of any kind, and the other arguments of a draw."""
+    layers = draw_from(st.integers(1, most_layers))
+    mixers = draw_from(st.integers(1, 7))
+    mixer = st.integers(0, mixers - 1)
+    kind = draw_from(st.sampled_from(["uniform", "weighted", "full_layout", "sandwich"]))
+    weights = None
+    if kind == "weighted":
+        weight = st.floats(0, 10, allow_nan=False)
+        weights = draw_from(st.lists(weight, min_size=mixers, max_size=mixers).filter(any))
+    layout = st.lists(mixer, min_size=layers, max_size=layers)
+    layouts = draw_from(st.lists(layout, max_size=3))
+    probabilities = draw_from(
+        st.lists(st.floats(0, 1 / 3), min_size=len(layouts), max_size=len(layouts))
+    )
+    strategy = Strategy(
+        mixers, kind, weights, layouts, probabilities,
+        draw_from(mixer), draw_from(mixer), draw_from(st.booleans()),
+    )  # fmt: skip
+    batch = draw_from(st.integers(1, most_samples))
+    return strategy, draw_from(WORDS), draw_from(WORDS), layers, batch
+
+
+def assert_same_bits(ours: MixerTable, textbook: MixerTable):
+    assert torch.equal(ours.table.cpu(), textbook.table)
+    assert torch.equal(ours.count.cpu(), textbook.count)
+    listed = torch.arange(textbook.samples.shape[-1]) < textbook.count[..., None]
+    assert torch.equal(ours.samples.cpu()[listed], textbook.samples[listed])
+
+
+def fixed_cases(test):
+    """The largest table of each kind, with samples that do not fill a block."""
+    layouts = ((0, 1, 2, 3, 4, 5, 6) * 7)[:48], (3,) * 48
+    for kind, weights in [
+        ("uniform", None),
+        ("weighted", (1, 2, 0, 3, 0.5, 4, 0)),
+        ("full_layout", None),
+        ("sandwich", None),
+    ]:
+        strategy = Strategy(7, kind, weights, layouts, (0.25, 0.125), 6, 2, True)
+        test = example((strategy, -(2**63) - 1, 2**63 + 12345, 48, 65))(test)
+    return test
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@fixed_cases
+@given(draws(most_layers=48, most_samples=65))
+def test_cpu_gives_the_textbook_bits(arguments):
+    assert_same_bits(draw(*arguments, impl="cpu"), draw(*arguments, impl="reference"))
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@fixed_cases
+@given(draws(most_layers=5, most_samples=65))
+def test_kernel_gives_the_textbook_bits(arguments):
+    ours = draw(*arguments, device=DEVICE, impl="triton")
+    assert_same_bits(ours, draw(*arguments, device="cpu", impl="reference"))
+
+
+def test_launching_reads_nothing_from_the_device(monkeypatch):
+    """A meta tensor has no values, so reading one raises."""
+    from tossup.kernels.routing import kernel
+
+    launches = []
+    monkeypatch.setattr(
+        kernel, "draw_kernel", {(4,): lambda *args, **options: launches.append(args)}
+    )
+    layouts = ((0, 1, 0, 1, 0, 1),)
+    strategy = Strategy(2, "weighted", (1, 2), layouts, (0.5,), per_sample=True)
+    step = torch.zeros((), dtype=torch.int64, device="meta")
+    drawn = draw(strategy, 1, step, 6, 3, stage=range(1, 5), impl="triton")
+    assert len(launches) == 1 and drawn.table.shape == (4, 3) and drawn.samples.shape == (4, 2, 3)
+    assert drawn.route(3, 1).count.device.type == "meta"
+    assert MixerTable.of(drawn.table, 2, 3).count.shape == (4, 2)
+
+
+def test_step_must_be_on_the_tables_device():
+    step = torch.zeros((), dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match="step must be on the table's device, cpu, got meta"):
+        draw(Strategy(2), 0, step, 2, 2, device="cpu", impl="triton")
+
+
+def compile_for_sm_90(kind: str, layouts: bool, batch: int) -> dict[str, int]:
+    """Compile the kernel offline: its registers, stack and local memory, and its spill code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tossup.kernels.routing.kernel import block_of, draw_kernel
+
+    options = block_of(batch)
+    constants = {"MIXERS": 5, "KIND": kind, "PER_SAMPLE": True, "BLOCK": options.pop("BLOCK")}
+    if kind != "weighted":
+        constants["weights_ptr"] = None
+    if not layouts:
+        constants |= {"layouts_ptr": None, "probabilities_ptr": None}
+    types = {"step_ptr": "*i64", "weights_ptr": "*i64", "probabilities_ptr": "*i64", "seed": "u64"}
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else types.get(name, "*i32" if name.endswith("_ptr") else "i32")
+        for name in draw_kernel.arg_names
+    }
+    compiled = triton.compile(
+        ASTSource(draw_kernel, signature, constants), GPUTarget("cuda", 90, 32), options
+    )
+    cubin = Path(os.environ["TRITON_CACHE_DIR"], "draw.cubin")
+    cubin.write_bytes(compiled.asm["cubin"])
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    usage, code = (
+        subprocess.run([tools / tool, flag, cubin], check=True, text=True, capture_output=True)
+        for tool, flag in [("cuobjdump", "-res-usage"), ("nvdisasm", "-c")]
+    )
+    resources = dict(word.split(":") for word in usage.stdout.splitlines()[-1].split())
+    mnemonics = Counter(word.partition(".")[0] for word in code.stdout.split())
+    return {
+        "registers": int(resources["REG"]),
+        "local": int(resources["LOCAL"]),
+        "exits": mnemonics["EXIT"],
+        "spills": mnemonics["STL"] + mnemonics["LDL"],
+    }
+
+
+CONFIGURATIONS = [
+    (kind, layouts, batch)
+    for kind in ("uniform", "weighted", "full_layout", "sandwich")
+    for layouts, batch in [(False, 8), (True, 200)]
+]
+
+
+def test_kernel_compiles_for_sm_90_without_spills(tmp_path):
+    """In a process of its own, because the interpreter replaces the compiler."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    compiler = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.test_routing_kernel"],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        cwd=Path(__file__).parents[2],
+        text=True,
+        capture_output=True,
+    )
+    assert compiler.returncode == 0, compiler.stderr
+    reports = json.loads(compiler.stdout)
+    assert len(reports) == len(CONFIGURATIONS)
+    for configuration, report in zip(CONFIGURATIONS, reports, strict=True):
+        assert report["exits"] > 0, configuration  # the disassembly was understood
+        assert report["spills"] == report["local"] == 0, configuration
+        assert report["registers"] <= 64, configuration
+
+
+if __name__ == "__main__":
+    print(json.dumps([compile_for_sm_90(*configuration) for configuration in CONFIGURATIONS]))

@@ -1,0 +1,58 @@
+"""Tossup: supernets of sequence mixers, on kernels with fused stochastic dispatch.
+
+The public names, each imported from its module when it is first used, so that `import tossup`
+imports neither torch nor anything else.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .kernels.causal_conv1d import causal_conv1d
+    from .kernels.flash_attention import flash_attention
+    from .kernels.rotary import rotary
+    from .kernels.routing import MixerTable, Route, Strategy, draw
+    from .kernels.selective_scan import selective_scan
+    from .supernet.config import ModelConfig, StochasticMixerConfig
+    from .supernet.conversion import load_checkpoint, save_checkpoint
+    from .supernet.mixers import Attention, Mamba
+    from .supernet.model import SupernetModel
+    from .supernet.optimizer import GatedAdamW
+    from .supernet.stochastic import Router, StochasticMixer
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "Attention": "supernet.mixers",
+    "GatedAdamW": "supernet.optimizer",
+    "Mamba": "supernet.mixers",
+    "MixerTable": "kernels.routing",
+    "ModelConfig": "supernet.config",
+    "Route": "kernels.routing",
+    "Router": "supernet.stochastic",
+    "StochasticMixer": "supernet.stochastic",
+    "StochasticMixerConfig": "supernet.config",
+    "Strategy": "kernels.routing",
+    "SupernetModel": "supernet.model",
+    "causal_conv1d": "kernels.causal_conv1d",
+    "draw": "kernels.routing",
+    "flash_attention": "kernels.flash_attention",
+    "load_checkpoint": "supernet.conversion",
+    "rotary": "kernels.rotary",
+    "save_checkpoint": "supernet.conversion",
+    "selective_scan": "kernels.selective_scan",
+}
+
+__all__ = ["__version__", *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
