@@ -100,8 +100,9 @@ def block_of(batch: int) -> dict[str, int]:
 
 @functools.cache
 def constants(strategy: Strategy, device: torch.device) -> tuple[Tensor | None, ...]:
-    """What the kernel reads of a strategy: the weights' thresholds, the layouts as
-    [layers, layouts], and their thresholds.
+    """What the kernel reads of a strategy, once per device, or None where it has none.
+
+    The weights' thresholds, int64; the layouts, int32, [layers, layouts]; their thresholds, int64.
     """
     weights = layouts = probabilities = None
     if strategy.weights is not None:

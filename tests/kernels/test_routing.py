@@ -133,7 +133,7 @@ def test_a_word_on_a_threshold_belongs_to_the_next_choice(impl):
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 def test_all_bits_of_seed_and_step_matter(impl):
     tables = [
-        draw(Strategy(7), seed, step, 24, 1, impl=impl).table.flatten().tolist()
+        draw(Strategy(7), seed, step, 8, 1, impl=impl).table.flatten().tolist()
         for seed, step in [(0, 0), (1, 0), (2**32, 0), (2**63, 0), (0, 1), (0, 2**32), (0, 2**63)]
     ]
     assert len(set(map(tuple, tables))) == len(tables)

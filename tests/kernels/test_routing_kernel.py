@@ -74,7 +74,7 @@ def test_cpu_gives_the_textbook_bits(arguments):
 
 
 @settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],

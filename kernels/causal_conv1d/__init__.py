@@ -1,0 +1,93 @@
+"""Causal depthwise convolution of a few taps, as it stands before the scan in Mamba.
+
+out[t, d] = act(bias[d] + sum over k < width of weight[d, k] x[t - (width - 1) + k, d])
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..backend import Impl, resolve_impl
+from ..routing import Route, put, take
+from .reference import causal_conv1d_reference
+
+__all__ = ["causal_conv1d"]
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Literal["silu"] | None = None,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    route: Route | None = None,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Convolve every channel with its own taps along the sequence, looking only back.
+
+    x: (batch, seqlen, dim), float16, bfloat16, float32 or float64; any strides.
+    weight: (dim, width), width 2 to 4; the last tap meets the current token.
+    bias: (dim,). None is zero.
+    activation: "silu", or None for none.
+    seq_idx: (batch, seqlen), int32, the packed sequence that each token belongs to. No tap reaches
+        across a change of it; the initial state belongs to the first sequence.
+    initial_state: (batch, width - 1, dim), the inputs before x. None is zeros.
+    return_final_state: also return the last width - 1 inputs, reaching into the initial state where
+        x is shorter. With seq_idx they are those of the last sequence, zeros before it.
+    route: the samples to work on. The rows of others are left unwritten in all results and in
+        gradients with a batch, and add nothing to the gradients of weight and bias. None is all.
+
+    Returns out, like x, or (out, final_state) with final_state (batch, width - 1, dim) in x's
+    dtype. All floating inputs may differ in dtype, and have gradients, which flow from the final
+    state too. Arithmetic is in float32, or in float64 where x is float64. Deterministic.
+    Raises ValueError where a shape, a dtype or the activation is not as above.
+    """
+    check(x, weight, bias, initial_state, seq_idx, activation)
+    impl = resolve_impl(impl, x.device)
+    if impl == "reference":
+        before, index = (t if t is None else take(route, t) for t in (initial_state, seq_idx))
+        rows = causal_conv1d_reference(take(route, x), weight, bias, before, index, activation)
+        out, final_state = (put(route, r, len(x)) for r in rows)
+    else:
+        from .ops import causal_conv1d_op
+
+        count, samples = (route.count, route.samples) if route is not None else (None, None)
+        out, final_state = causal_conv1d_op(
+            x, weight, bias, initial_state, seq_idx, count, samples, activation, impl
+        )
+    return (out, final_state) if return_final_state else out
+
+
+def check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    activation: str | None,
+) -> None:
+    if x.ndim != 3 or x.shape[1] == 0 or not x.is_floating_point():
+        raise ValueError(
+            "x must be (batch, seqlen, dim), floating, with at least one token, "
+            f"got {tuple(x.shape)} of {x.dtype}"
+        )
+    batch, seqlen, dim = x.shape
+    if weight.ndim != 2 or weight.shape[0] != dim or not 2 <= weight.shape[1] <= 4:
+        raise ValueError(
+            f"weight must be (dim, width) = ({dim}, 2 to 4), got {tuple(weight.shape)}"
+        )
+    for name, optional, shape in (
+        ("bias", bias, (dim,)),
+        ("initial_state", initial_state, (batch, weight.shape[1] - 1, dim)),
+        ("seq_idx", seq_idx, (batch, seqlen)),
+    ):
+        if optional is not None and optional.shape != shape:
+            raise ValueError(f"{name} must be of shape {shape}, got {tuple(optional.shape)}")
+    if seq_idx is not None and (seq_idx.is_floating_point() or seq_idx.dtype == torch.bool):
+        raise ValueError(f"seq_idx must hold integers, got {seq_idx.dtype}")
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation must be 'silu' or None, got {activation!r}")

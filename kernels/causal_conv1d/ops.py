@@ -1,0 +1,78 @@
+"""torch.library registration: schema, shapes for tracing, gradients."""
+
+import torch
+from torch import Tensor
+
+from ..backend import load_backend
+
+
+@torch.library.custom_op("tossup::causal_conv1d", mutates_args=())
+def causal_conv1d_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    count: Tensor | None,
+    samples: Tensor | None,
+    activation: str | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    return load_backend(__package__, impl).forward(
+        x, weight, bias, initial_state, seq_idx, count, samples, activation
+    )
+
+
+@causal_conv1d_op.register_fake
+def _(x, weight, *others):
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]))
+
+
+@torch.library.custom_op("tossup::causal_conv1d_backward", mutates_args=())
+def causal_conv1d_backward_op(
+    dout: Tensor,
+    dfinal_state: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    count: Tensor | None,
+    samples: Tensor | None,
+    activation: str | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x to initial_state, empty for those that are None."""
+    gradients = load_backend(__package__, impl).backward(
+        dout, dfinal_state, x, weight, bias, initial_state, seq_idx, count, samples, activation
+    )
+    return tuple(dout.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+@causal_conv1d_backward_op.register_fake
+def _(dout, dfinal_state, x, weight, bias, initial_state, *others):
+    differentiable = (x, weight, bias, initial_state)
+    return tuple(dout.new_empty(0) if t is None else t.new_empty(t.shape) for t in differentiable)
+
+
+def save_for_backward(ctx, inputs, output):
+    *tensors, count, samples, activation, impl = inputs
+    if (
+        count is not None
+    ):  # the route as it was in forward: the live table moves on to the next step
+        count, samples = count.clone(), samples.clone()
+    ctx.save_for_backward(*tensors, count, samples)
+    ctx.activation, ctx.impl = activation, impl
+    ctx.set_materialize_grads(False)
+
+
+def differentiate(ctx, dout, dfinal_state):
+    inputs = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(inputs[0])
+    gradients = causal_conv1d_backward_op(dout, dfinal_state, *inputs, ctx.activation, ctx.impl)
+    present = (g if x is not None else None for g, x in zip(gradients, inputs, strict=False))
+    return *present, None, None, None, None, None
+
+
+causal_conv1d_op.register_autograd(differentiate, setup_context=save_for_backward)

@@ -1,0 +1,43 @@
+"""torch.library registration: schema, shapes for tracing, gradients."""
+
+import torch
+from torch import Tensor
+
+from ..backend import load_backend
+
+
+@torch.library.custom_op("tossup::rotary", mutates_args=())
+def rotary_op(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    count: Tensor | None,
+    samples: Tensor | None,
+    impl: str,
+) -> Tensor:
+    return load_backend(__package__, impl).forward(x, cos, sin, interleaved, count, samples)
+
+
+@rotary_op.register_fake
+def _(x, cos, sin, interleaved, count, samples, impl):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def save_for_backward(ctx, inputs, output):
+    _, cos, sin, interleaved, count, samples, impl = inputs
+    if count is not None:  # the route as it was in forward: the live table moves on
+        count, samples = count.clone(), samples.clone()
+    ctx.save_for_backward(cos, sin, count, samples)
+    ctx.options = interleaved, impl
+
+
+def differentiate(ctx, dout):
+    """The rotation by the opposite angle, which is this op again."""
+    cos, sin, count, samples = ctx.saved_tensors
+    interleaved, impl = ctx.options
+    dx = rotary_op(dout, cos, -sin, interleaved, count, samples, impl)
+    return dx, *(None,) * 6
+
+
+rotary_op.register_autograd(differentiate, setup_context=save_for_backward)

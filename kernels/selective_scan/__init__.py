@@ -1,0 +1,126 @@
+"""Selective scan, the recurrence of Mamba-1 (Gu and Dao 2023, arXiv:2312.00752).
+
+For every channel d, with its diagonal state matrix A[d] and its groups of B and C:
+
+    h[t] = exp(delta[t] A) h[t-1] + delta[t] u[t] B[t]
+    y[t] = <C[t], h[t]> + D u[t]
+    out[t] = y[t] silu(z[t])
+
+This is their equation 2 with the discretisation of section 3.6: A by zero-order hold, B by Euler.
+"""
+
+import torch
+from torch import Tensor
+
+from ..backend import Impl, resolve_impl
+from ..routing import Route, put, take
+from .reference import selective_scan_reference
+
+__all__ = ["selective_scan"]
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    *,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    return_final_state: bool = False,
+    route: Route | None = None,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scan every channel along the sequence, from the first token to the last.
+
+    u: (batch, seqlen, dim), the input; float16, bfloat16, float32 or float64.
+    delta: (batch, seqlen, dim), the step sizes.
+    A: (dim, state), real.
+    B: (batch, seqlen, groups of B, state). Channel d reads group d * groups // dim.
+    C: (batch, seqlen, groups of C, state), likewise; the two numbers of groups are independent.
+    D: (dim,), the skip weight. None adds no skip.
+    z: (batch, seqlen, dim), the gate. None leaves the output ungated.
+    delta_bias: (dim,), added to delta before the softplus.
+    delta_softplus: pass delta through softplus, which is the identity above 20.
+    initial_state: (batch, dim, state), float32 (float64 where u is). None is zero.
+    seq_idx: (batch, seqlen), int32, the packed sequence that each token belongs to. The state is
+        set to zero wherever it changes; the initial state belongs to the first sequence.
+    return_final_state: also return the state after the last token.
+    route: the samples to work on. The rows of others are left unwritten in all results and in
+        gradients with a batch, and add nothing to the gradients of A, D and delta_bias. None is
+        all samples.
+
+    Returns out, like u, or (out, final_state) with final_state like initial_state. All floating
+    inputs may differ in dtype, and have gradients, which flow from the final state too. Arithmetic
+    and states are in float32, or in float64 where u is float64. Deterministic, forward and
+    backward. Tensors of any strides are taken as they are.
+    Raises ValueError where a shape or a dtype is not as above.
+    """
+    check(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
+    impl = resolve_impl(impl, u.device)
+    if impl == "reference":
+        batched = (take(route, x) for x in (u, delta, B, C))
+        taken = (x if x is None else take(route, x) for x in (z, initial_state, seq_idx))
+        (x, step, b, c), (gate, first, index) = batched, taken
+        rows = selective_scan_reference(
+            x, step, A, b, c, D, gate, delta_bias, delta_softplus, first, index
+        )
+        out, final_state = (put(route, r, len(u)) for r in rows)
+    else:
+        from .ops import selective_scan_op
+
+        count, samples = (route.count, route.samples) if route is not None else (None, None)
+        out, final_state, _ = selective_scan_op(
+            u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples,
+            delta_softplus, impl,
+        )  # fmt: skip
+    return (out, final_state) if return_final_state else out
+
+
+def check(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> None:
+    if u.ndim != 3 or u.shape[1] == 0 or not u.is_floating_point():
+        raise ValueError(
+            "u must be (batch, seqlen, dim), floating, with at least one token, "
+            f"got {tuple(u.shape)} of {u.dtype}"
+        )
+    batch, seqlen, dim = u.shape
+    if A.ndim != 2 or A.shape[0] != dim or not A.is_floating_point():
+        raise ValueError(
+            f"A must be (dim, state) = ({dim}, state), real, got {tuple(A.shape)} of {A.dtype}"
+        )
+    states = A.shape[1]
+    for name, tensor in (("B", B), ("C", C)):
+        wanted = (batch, seqlen, tensor.shape[2] if tensor.ndim == 4 else 0, states)
+        if tensor.shape != wanted or wanted[2] == 0 or dim % wanted[2] != 0:
+            raise ValueError(
+                f"{name} must be (batch, seqlen, groups, state) = ({batch}, {seqlen}, groups, "
+                f"{states}) with groups dividing dim = {dim}, got {tuple(tensor.shape)}"
+            )
+    for name, optional, shape in (
+        ("delta", delta, (batch, seqlen, dim)),
+        ("D", D, (dim,)),
+        ("z", z, (batch, seqlen, dim)),
+        ("delta_bias", delta_bias, (dim,)),
+        ("initial_state", initial_state, (batch, dim, states)),
+        ("seq_idx", seq_idx, (batch, seqlen)),
+    ):
+        if optional is not None and optional.shape != shape:
+            raise ValueError(f"{name} must be of shape {shape}, got {tuple(optional.shape)}")
+    if seq_idx is not None and (seq_idx.is_floating_point() or seq_idx.dtype == torch.bool):
+        raise ValueError(f"seq_idx must hold integers, got {seq_idx.dtype}")

@@ -1,0 +1,371 @@
+"""CPU backend: a compiled serial sweep in time, in parallel over samples and blocks of channels.
+
+The lanes of the vector unit lie along channels, and a block's state stays in the first-level cache.
+The forward pass keeps the state of every CHUNK-th token. The backward pass takes chunks from last
+to first, replays each from its kept state, and sweeps it in reverse; the recurrence is never
+inverted. Every sum over channels or samples has one order, whatever the number of threads.
+
+Floor: arithmetic. One exponential (12 vector instructions) and 4 more for each channel, token and
+state in the forward pass; the backward pass has that again, and 12 more. What torch does around
+the sweep (softplus, gate, skip) is one pass over u's size each.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numba.extending import overload
+from torch import Tensor
+
+from ..routing import rows_of
+from .ops import CHUNK, wide
+
+LANES = 16  # channels of a block: one AVX-512 register, or two of AVX2
+
+# Contraction into fused multiply-adds is the one liberty taken: NaN and infinities stay as they are
+COMPILE = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
+
+LOG2_E = np.float32(1.4426950408889634)
+LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+ROUNDER = np.float32(1.5 * 2**23)  # adding it rounds to an integer, which the low bits then hold
+LOWEST, HIGHEST = np.float32(-87.6), np.float32(89.0)  # their exponentials are 0 and infinity
+ONE = np.float32(1)
+P2, P3, P4 = np.float32(0.5), np.float32(1.6666665459e-1), np.float32(4.1665795894e-2)
+P5, P6, P7 = np.float32(8.3334519073e-3), np.float32(1.3981999507e-3), np.float32(1.9875691500e-4)
+
+
+@numba.njit(fastmath={"contract"})
+def exp_float32(x):
+    """eˣ to 1.1 units in the last place, in instructions that vectorise; 0 below 2e-38.
+
+    Cody and Waite's range reduction, and the polynomial of Cephes' expf.
+    """
+    x = LOWEST if x < LOWEST else x  # a NaN passes both comparisons
+    x = HIGHEST if x > HIGHEST else x
+    shifted = x * LOG2_E + ROUNDER
+    power = shifted - ROUNDER
+    r = x - power * LN2_HIGH - power * LN2_LOW
+    p = ((((P7 * r + P6) * r + P5) * r + P4) * r + P3) * r + P2
+    p = p * (r * r) + r + ONE
+    scale = (np.float32(shifted).view(np.int32) + np.int32(126)) << np.int32(23)
+    return (p + p) * np.int32(scale).view(np.float32)
+
+
+def exp(x):
+    return math.exp(x)
+
+
+@overload(exp)
+def choose_exp(x):
+    return (lambda x: exp_float32(x)) if x == numba.float32 else (lambda x: math.exp(x))
+
+
+@numba.njit(fastmath={"contract", "reassoc"})
+def lane_sum(values):
+    total = values[0]
+    for lane in range(1, LANES):
+        total += values[lane]
+    return total
+
+
+@numba.njit
+def locate(task, dim, run):
+    """The sample, first channel and number of channels of a task.
+
+    run: how many consecutive channels share both B and C. No block crosses the end of a run.
+    """
+    blocks_of_run = (run + LANES - 1) // LANES
+    blocks = dim // run * blocks_of_run
+    sample, block = task // blocks, task % blocks
+    offset = block % blocks_of_run * LANES
+    return sample, block, block // blocks_of_run * run + offset, min(LANES, run - offset)
+
+
+def forward_sweep(tasks, run, u, delta, A, B, C, resets, state, y, kept):
+    """y and the final state, in place of the initial one, of every block in `tasks`."""
+    seqlen, dim = u.shape[1:]
+    states = A.shape[1]
+    decay_rate, h = np.zeros((states, LANES), u.dtype), np.zeros((states, LANES), u.dtype)
+    step, drive, total = (
+        np.zeros(LANES, u.dtype),
+        np.zeros(LANES, u.dtype),
+        np.zeros(LANES, u.dtype),
+    )
+    for task in tasks:
+        s, _, first, width = locate(task, dim, run)
+        b_group, c_group = first * B.shape[2] // dim, first * C.shape[2] // dim
+        decay_rate[:] = 0
+        h[:] = 0
+        step[:] = 0
+        drive[:] = 0
+        for n in range(states):
+            for lane in range(width):
+                decay_rate[n, lane] = A[first + lane, n]
+                h[n, lane] = state[s, first + lane, n]
+        for t in range(seqlen):
+            if t % CHUNK == 0:
+                for n in range(states):
+                    for lane in range(width):
+                        kept[s, t // CHUNK, n, first + lane] = h[n, lane]
+            if resets[s, t]:
+                h[:] = 0
+            for lane in range(width):
+                step[lane] = delta[s, t, first + lane]
+                drive[lane] = delta[s, t, first + lane] * u[s, t, first + lane]
+            total[:] = 0
+            for n in range(states):
+                b, c = B[s, t, b_group, n], C[s, t, c_group, n]
+                for lane in range(LANES):
+                    value = exp(step[lane] * decay_rate[n, lane]) * h[n, lane] + drive[lane] * b
+                    h[n, lane] = value
+                    total[lane] += value * c
+            for lane in range(width):
+                y[s, t, first + lane] = total[lane]
+        for n in range(states):
+            for lane in range(width):
+                state[s, first + lane, n] = h[n, lane]
+
+
+def backward_sweep(
+    tasks, run, dy, u, delta, A, B, C, resets, kept, dstate, y, du, ddelta, dA, dB, dC
+):
+    """The gradients of every block in `tasks`, and y again.
+
+    dstate: the final state's gradient, replaced by the initial one's.
+    dA: (batch, dim, state), to be summed over samples. dB, dC: (batch, seqlen, blocks, state), to
+    be summed over the blocks of a group.
+    """
+    seqlen, dim = u.shape[1:]
+    states, dtype = A.shape[1], u.dtype
+    decay_rate, ddecay_rate = np.zeros((states, LANES), dtype), np.zeros((states, LANES), dtype)
+    dh = np.zeros((states, LANES), dtype)
+    h, decay = np.zeros((CHUNK + 1, states, LANES), dtype), np.zeros((CHUNK, states, LANES), dtype)
+    step, x, drive = (
+        np.zeros((CHUNK, LANES), dtype),
+        np.zeros((CHUNK, LANES), dtype),
+        np.zeros((CHUNK, LANES), dtype),
+    )
+    total, dout = np.zeros(LANES, dtype), np.zeros(LANES, dtype)
+    ddrive, dstep = np.zeros(LANES, dtype), np.zeros(LANES, dtype)
+    for_b, for_c = np.zeros(LANES, dtype), np.zeros(LANES, dtype)
+    for task in tasks:
+        s, block, first, width = locate(task, dim, run)
+        b_group, c_group = first * B.shape[2] // dim, first * C.shape[2] // dim
+        decay_rate[:] = 0
+        ddecay_rate[:] = 0
+        dh[:] = 0
+        h[:] = 0
+        step[:] = 0
+        x[:] = 0
+        drive[:] = 0
+        dout[:] = 0
+        for n in range(states):
+            for lane in range(width):
+                decay_rate[n, lane] = A[first + lane, n]
+                dh[n, lane] = dstate[s, first + lane, n]
+        for chunk in range(kept.shape[1] - 1, -1, -1):
+            start = chunk * CHUNK
+            length = min(CHUNK, seqlen - start)
+            for n in range(states):
+                for lane in range(width):
+                    h[0, n, lane] = kept[s, chunk, n, first + lane]
+            for i in range(length):
+                t = start + i
+                for lane in range(width):
+                    step[i, lane] = delta[s, t, first + lane]
+                    x[i, lane] = u[s, t, first + lane]
+                    drive[i, lane] = delta[s, t, first + lane] * u[s, t, first + lane]
+                total[:] = 0
+                keep = u.dtype.type(not resets[s, t])
+                for n in range(states):
+                    b, c = B[s, t, b_group, n], C[s, t, c_group, n]
+                    for lane in range(LANES):
+                        a = keep * exp(step[i, lane] * decay_rate[n, lane])
+                        value = a * h[i, n, lane] + drive[i, lane] * b
+                        decay[i, n, lane] = a
+                        h[i + 1, n, lane] = value
+                        total[lane] += value * c
+                for lane in range(width):
+                    y[s, t, first + lane] = total[lane]
+            for i in range(length - 1, -1, -1):
+                t = start + i
+                for lane in range(width):
+                    dout[lane] = dy[s, t, first + lane]
+                ddrive[:] = 0
+                dstep[:] = 0
+                for n in range(states):
+                    b, c = B[s, t, b_group, n], C[s, t, c_group, n]
+                    for lane in range(LANES):
+                        g = dh[n, lane] + dout[lane] * c
+                        for_c[lane] = dout[lane] * h[i + 1, n, lane]
+                        for_b[lane] = g * drive[i, lane]
+                        ddrive[lane] += g * b
+                        g *= decay[i, n, lane]
+                        dh[n, lane] = g
+                        g *= h[i, n, lane]
+                        dstep[lane] += g * decay_rate[n, lane]
+                        ddecay_rate[n, lane] += g * step[i, lane]
+                    dB[s, t, block, n] = lane_sum(for_b)
+                    dC[s, t, block, n] = lane_sum(for_c)
+                for lane in range(width):
+                    du[s, t, first + lane] = ddrive[lane] * step[i, lane]
+                    ddelta[s, t, first + lane] = dstep[lane] + ddrive[lane] * x[i, lane]
+        for n in range(states):
+            for lane in range(width):
+                dA[s, first + lane, n] = ddecay_rate[n, lane]
+                dstate[s, first + lane, n] = dh[n, lane]
+
+
+@functools.cache
+def compiled(sweep: Callable, dtype: np.dtype) -> Callable:
+    """`sweep` for one dtype and arrays of any strides: one signature, compiled and cached once."""
+    real = numba.from_dtype(dtype)
+
+    def strided(ndim: int, item: numba.types.Type = real) -> numba.types.Array:
+        return numba.types.Array(item, ndim, "A")
+
+    inputs = [strided(3), strided(3), strided(2), strided(4), strided(4), strided(2, numba.boolean)]
+    if sweep is forward_sweep:
+        arrays = [*inputs, *(strided(n) for n in (3, 3, 4))]
+    else:
+        arrays = [strided(3), *inputs, *(strided(n) for n in (4, 3, 3, 3, 3, 3, 4, 4))]
+    signature = numba.void(strided(1, numba.int64), numba.int64, *arrays)
+    return numba.njit(signature, **COMPILE)(sweep)
+
+
+@functools.cache
+def pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """The threads of one process. A fork does not inherit them, so it makes its own."""
+    return ThreadPoolExecutor(threads, "selective_scan")
+
+
+def launch(sweep: Callable, tasks: int, run: int, *tensors: Tensor) -> None:
+    """Run all tasks of a sweep on as many threads as torch uses.
+
+    The sweeps release the interpreter's lock, so plain threads serve. numba's own threading layers
+    do not: one may not be entered by two threads, the other brings a second OpenMP beside torch's.
+    """
+    arrays = [tensor.detach().numpy() for tensor in tensors]
+    kernel = compiled(sweep, arrays[0].dtype)
+    threads = max(1, min(torch.get_num_threads(), tasks))
+    shares = [np.arange(first, tasks, threads) for first in range(threads)]
+    workers = pool(os.getpid(), threads)
+    others = [workers.submit(kernel, share, run, *arrays) for share in shares[1:]]
+    kernel(shares[0], run, *arrays)
+    for other in others:
+        other.result()
+
+
+def operands(u, delta, A, B, C, delta_bias, seq_idx, rows, delta_softplus):
+    """What both sweeps read, for the active samples and in the dtype of the arithmetic."""
+    u, delta, A, B, C = (x.to(wide(u.dtype)) for x in (u[rows], delta[rows], A, B[rows], C[rows]))
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(delta.dtype)
+    if delta_softplus:
+        delta = F.softplus(delta)
+    resets = torch.zeros(u.shape[:2], dtype=torch.bool)
+    if seq_idx is not None:
+        resets[:, 1:] = seq_idx[rows].diff(dim=1) != 0
+    return u, delta, A, B, C, resets
+
+
+def partition(dim: int, B: Tensor, C: Tensor) -> tuple[int, int]:
+    """The number of consecutive channels that share both B and C, and the blocks of a sample."""
+    run = math.gcd(dim // B.shape[2], dim // C.shape[2])
+    return run, dim // run * math.ceil(run / LANES)
+
+
+def place(rows: Tensor | slice, values: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+    """The active samples' values as rows of the whole batch, the other rows unwritten."""
+    values = values.to(dtype)
+    if isinstance(rows, slice):
+        return values
+    out = values.new_empty((batch, *values.shape[1:]))
+    out[rows] = values
+    return out
+
+
+def forward(
+    u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples, delta_softplus
+):
+    rows = rows_of(count, samples)
+    x, step, rate, b, c, resets = operands(
+        u, delta, A, B, C, delta_bias, seq_idx, rows, delta_softplus
+    )
+    batch, seqlen, dim = x.shape
+    run, blocks = partition(dim, b, c)
+    if initial_state is None:
+        state = x.new_zeros(batch, *A.shape)
+    else:
+        state = initial_state[rows].to(x.dtype, copy=True)
+    y = x.new_empty(x.shape)
+    kept = x.new_empty(batch, math.ceil(seqlen / CHUNK), A.shape[1], dim)
+    launch(forward_sweep, batch * blocks, run, x, step, rate, b, c, resets, state, y, kept)
+
+    if D is not None:
+        y.addcmul_(x, D.to(x.dtype))
+    if z is not None:
+        y *= F.silu(z[rows].to(x.dtype))
+    return (
+        place(rows, y, len(u), u.dtype),
+        place(rows, state, len(u), x.dtype),
+        place(rows, kept, len(u), x.dtype),
+    )
+
+
+def backward(
+    dout, dfinal_state, kept,
+    u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples, delta_softplus,
+):  # fmt: skip
+    rows = rows_of(count, samples)
+    x, step, rate, b, c, resets = operands(
+        u, delta, A, B, C, delta_bias, seq_idx, rows, delta_softplus
+    )
+    batch, seqlen, dim = x.shape
+    run, blocks = partition(dim, b, c)
+    dy = dout[rows].to(x.dtype)
+    if z is not None:
+        gate, gated = z[rows].to(x.dtype), dy
+        dy = gated * F.silu(gate)
+    if dfinal_state is None:
+        dstate = x.new_zeros(batch, *A.shape)
+    else:
+        dstate = dfinal_state[rows].to(x.dtype, copy=True)
+    y, du, ddelta = (x.new_empty(x.shape) for _ in range(3))
+    dA = x.new_empty(batch, *A.shape)
+    dB, dC = (x.new_empty(batch, seqlen, blocks, A.shape[1]) for _ in range(2))
+    launch(
+        backward_sweep, batch * blocks, run,
+        dy, x, step, rate, b, c, resets, kept[rows], dstate, y, du, ddelta, dA, dB, dC,
+    )  # fmt: skip
+
+    dD = dz = ddelta_bias = dinitial_state = None
+    if D is not None:
+        y.addcmul_(x, D.to(x.dtype))
+        du.addcmul_(dy, D.to(x.dtype))
+        dD = (dy * x).sum((0, 1)).to(D.dtype)
+    if z is not None:
+        dz = place(rows, torch.ops.aten.silu_backward(gated * y, gate), len(u), z.dtype)
+    if delta_softplus:  # the derivative is sigmoid(x) = 1 - exp(-softplus(x)), and 1 above 20
+        ddelta *= torch.where(step > 20, 1.0, -torch.expm1(-step))
+    if delta_bias is not None:
+        ddelta_bias = ddelta.sum((0, 1)).to(delta_bias.dtype)
+    if initial_state is not None:
+        dinitial_state = place(rows, dstate, len(u), initial_state.dtype)
+    return (
+        place(rows, du, len(u), u.dtype),
+        place(rows, ddelta, len(u), delta.dtype),
+        dA.sum(0).to(A.dtype),
+        place(rows, dB.unflatten(2, (B.shape[2], -1)).sum(3), len(u), B.dtype),
+        place(rows, dC.unflatten(2, (C.shape[2], -1)).sum(3), len(u), C.dtype),
+        dD,
+        dz,
+        ddelta_bias,
+        dinitial_state,
+    )

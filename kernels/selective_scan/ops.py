@@ -1,0 +1,107 @@
+"""torch.library registration: schema, shapes for tracing, gradients."""
+
+import torch
+from torch import Tensor
+
+from ..backend import load_backend
+
+CHUNK = 16  # tokens between the states that forward keeps for backward
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states and arithmetic for inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("tossup::selective_scan", mutates_args=())
+def selective_scan_op(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    count: Tensor | None,
+    samples: Tensor | None,
+    delta_softplus: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, the final state, and the state before every CHUNK-th token."""
+    return load_backend(__package__, impl).forward(
+        u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples, delta_softplus
+    )
+
+
+@selective_scan_op.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples, *options):
+    batch, seqlen, dim = u.shape
+    states, chunks = A.shape[1], (seqlen + CHUNK - 1) // CHUNK
+    return (
+        u.new_empty(u.shape),
+        u.new_empty((batch, dim, states), dtype=wide(u.dtype)),
+        u.new_empty((batch, chunks, states, dim), dtype=wide(u.dtype)),
+    )
+
+
+@torch.library.custom_op("tossup::selective_scan_backward", mutates_args=())
+def selective_scan_backward_op(
+    dout: Tensor,
+    dfinal_state: Tensor | None,
+    kept: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    count: Tensor | None,
+    samples: Tensor | None,
+    delta_softplus: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of u to initial_state, empty for those that are None."""
+    gradients = load_backend(__package__, impl).backward(
+        dout, dfinal_state, kept,
+        u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples, delta_softplus,
+    )  # fmt: skip
+    return tuple(dout.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+@selective_scan_backward_op.register_fake
+def _(dout, dfinal_state, kept, *inputs):
+    differentiable = inputs[:9]
+    return tuple(dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in differentiable)
+
+
+def save_for_backward(ctx, inputs, output):
+    *tensors, count, samples, delta_softplus, impl = inputs
+    if (
+        count is not None
+    ):  # the route as it was in forward: the live table moves on to the next step
+        count, samples = count.clone(), samples.clone()
+    ctx.save_for_backward(output[2], *tensors, count, samples)
+    ctx.delta_softplus, ctx.impl = delta_softplus, impl
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def differentiate(ctx, dout, dfinal_state, _dkept):
+    kept, *inputs = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(inputs[0])
+    gradients = selective_scan_backward_op(
+        dout, dfinal_state, kept, *inputs, ctx.delta_softplus, ctx.impl
+    )
+    present = (g if x is not None else None for g, x in zip(gradients, inputs, strict=False))
+    return *present, None, None, None, None, None
+
+
+selective_scan_op.register_autograd(differentiate, setup_context=save_for_backward)

@@ -1,0 +1,7 @@
+"""`python -m tossup.supernet` is `tossup`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,420 @@
+"""Configuration: what a supernet is made of, how its tables are drawn, how it is trained.
+
+Every model here is frozen and refuses keys that it does not know. `load_config` reads a YAML file,
+applies `key=value` overrides and turns whatever is wrong into one sentence that names the key, what
+it got and what it takes.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from ..kernels.routing import Strategy
+from .data import DataConfig
+from .search.config import SearchConfig
+
+# Fast-LLM's shift for the mixers' generator, so that a seed means the same stream in both.
+SEED_SHIFT = 501974169931277706872159392843
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one sentence per wrong key."""
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AttentionConfig(Config):
+    """Causal softmax attention with grouped key and value heads and rotary positions."""
+
+    type: Literal["attention"]
+    heads: PositiveInt
+    kv_heads: PositiveInt | None = Field(None, description="defaults to heads")
+    head_dim: PositiveInt | None = Field(None, description="defaults to hidden_size / heads")
+    window_size: PositiveInt | None = Field(
+        None, description="tokens a query sees, itself included; none means all before it"
+    )
+    rope_theta: PositiveFloat | None = Field(10000.0, description="none means no positions")
+
+    @model_validator(mode="after")
+    def groups_divide(self) -> "AttentionConfig":
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide heads ({self.heads}), got {self.kv_heads}")
+        return self
+
+
+class MambaConfig(Config):
+    """Mamba in Apriel's grouped form, fit to take over the heads of grouped-query attention.
+
+    x and B have d_xb channels, z and C have d_inner; x and B are repeated to d_inner as grouped
+    key and value heads are (Wang et al. 2024, "The Mamba in the Llama", section 2).
+    """
+
+    type: Literal["mamba"]
+    d_inner: PositiveInt
+    d_xb: PositiveInt | None = Field(None, description="defaults to d_inner")
+    state_size: PositiveInt = 16
+    dt_rank: PositiveInt | Literal["auto"] = Field("auto", description="auto: hidden_size / 16, up")
+    d_conv: Annotated[int, Field(ge=2, le=4)] = 4
+    repeat_kv_before_conv: bool = True
+    conv_bias: bool = True
+    dt_proj_bias: bool = True
+    bias: bool = False
+    dt_min: PositiveFloat = 0.001
+    dt_max: PositiveFloat = 0.1
+    dt_scale: PositiveFloat = 1.0
+    dt_init_floor: PositiveFloat = 1e-4
+    dt_init: Literal["random", "constant"] = "random"
+
+    @model_validator(mode="after")
+    def groups_divide(self) -> "MambaConfig":
+        d_xb = self.d_xb or self.d_inner
+        if d_xb % self.state_size:
+            raise ValueError(
+                f"d_xb must be a multiple of state_size ({self.state_size}), got {d_xb}"
+            )
+        if self.d_inner % d_xb:
+            raise ValueError(f"d_inner must be a multiple of d_xb ({d_xb}), got {self.d_inner}")
+        return self
+
+
+class Mamba1Config(Config):
+    """Mamba as in mamba_ssm.Mamba, with its arguments and defaults."""
+
+    type: Literal["mamba1"]
+    d_state: PositiveInt = 16
+    d_conv: Annotated[int, Field(ge=2, le=4)] = 4
+    expand: PositiveInt = 2
+    dt_rank: PositiveInt | Literal["auto"] = "auto"
+    conv_bias: bool = True
+    bias: bool = False
+
+
+PlainMixerConfig = Annotated[
+    AttentionConfig | MambaConfig | Mamba1Config, Field(discriminator="type")
+]
+
+
+class StochasticMixerConfig(Config):
+    """Several mixers in one layer; each step draws which one runs.
+
+    The fields and their meaning are those of Fast-LLM's StochasticMixerConfig; `sandwich`,
+    `per_sample` and `cheapest_mixer_name` are ours.
+    """
+
+    type: Literal["stochastic"] = "stochastic"
+    mixers: dict[str, PlainMixerConfig]
+    sampling_strategy: Literal["uniform", "weighted", "full_layout", "sandwich"] = "uniform"
+    sampling_weights: dict[str, NonNegativeFloat] | None = Field(
+        None, description="for weighted: a weight for each mixer, normalised to one"
+    )
+    main_mixer_name: str | None = Field(None, description="defaults to the first mixer")
+    predefined_layouts: tuple[tuple[str, ...], ...] = ()
+    predefined_layout_probabilities: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
+    seed_shift: int = SEED_SHIFT
+    per_sample: bool = Field(False, description="each sample of a batch draws its own mixers")
+    cheapest_mixer_name: str | None = Field(
+        None, description="for sandwich: defaults to the mixer of fewest FLOPs"
+    )
+
+    @field_validator("mixers")
+    @classmethod
+    def mixers_are_named(cls, mixers: dict[str, Any]) -> dict[str, Any]:
+        if not mixers:
+            raise ValueError("a stochastic mixer takes at least one mixer")
+        for name in mixers:
+            check_mixer_name(name)
+        return mixers
+
+    @model_validator(mode="after")
+    def names_are_known(self) -> "StochasticMixerConfig":
+        names = list(self.mixers)
+        for key in ("main_mixer_name", "cheapest_mixer_name"):
+            name = getattr(self, key)
+            if name is not None and name not in self.mixers:
+                raise ValueError(f"{key} takes one of the mixers {names}, got {name!r}")
+        for layout in self.predefined_layouts:
+            unknown = sorted(set(layout) - set(names))
+            if unknown:
+                raise ValueError(
+                    f"predefined_layouts takes names of the mixers {names}, got {unknown[0]!r}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def weights_fit(self) -> "StochasticMixerConfig":
+        weights, strategy = self.sampling_weights, self.sampling_strategy
+        if (weights is None) is (strategy == "weighted"):
+            raise ValueError(
+                "sampling_weights goes with sampling_strategy weighted and with no other, "
+                f"got sampling_weights {weights} with {strategy}"
+            )
+        if weights is None:
+            return self
+        if set(weights) != set(self.mixers):
+            raise ValueError(
+                f"sampling_weights takes a weight for each of the mixers {list(self.mixers)}, "
+                f"got {list(weights)}"
+            )
+        if not (0 < sum(weights.values()) < math.inf):
+            raise ValueError(
+                f"sampling_weights takes finite weights with a positive sum, got {weights}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def layouts_fit(self) -> "StochasticMixerConfig":
+        layouts, probabilities = self.predefined_layouts, self.predefined_layout_probabilities
+        if len(layouts) != len(probabilities):
+            raise ValueError(
+                "predefined_layout_probabilities takes one probability for each of the "
+                f"{len(layouts)} predefined_layouts, got {len(probabilities)}"
+            )
+        if len({len(layout) for layout in layouts}) > 1:
+            raise ValueError(
+                "predefined_layouts takes layouts of one length, "
+                f"got lengths {[len(layout) for layout in layouts]}"
+            )
+        if math.fsum(probabilities) > 1:
+            raise ValueError(
+                "predefined_layout_probabilities takes a sum of at most 1, "
+                f"got {math.fsum(probabilities)}"
+            )
+        return self
+
+    @property
+    def main(self) -> str:
+        return self.main_mixer_name or next(iter(self.mixers))
+
+    def strategy(self, layers: int, cheapest: str | None = None) -> Strategy:
+        """How the tables of a model of `layers` layers are drawn, as the kernels take it.
+
+        cheapest: the mixer that sandwich takes as the cheapest where the config names none.
+        Raises ConfigError where a predefined layout has another length than the model.
+        """
+        names = list(self.mixers)
+        for layout in self.predefined_layouts:
+            if len(layout) != layers:
+                raise ConfigError(
+                    f"predefined_layouts takes one mixer for each of the {layers} layers, "
+                    f"got a layout of {len(layout)}"
+                )
+        weights = self.sampling_weights
+        return Strategy(
+            mixers=len(names),
+            kind=self.sampling_strategy,
+            weights=tuple(weights[name] for name in names) if weights else None,
+            layouts=tuple(
+                tuple(names.index(name) for name in layout) for layout in self.predefined_layouts
+            ),
+            layout_probabilities=self.predefined_layout_probabilities,
+            main=names.index(self.main),
+            cheapest=names.index(self.cheapest_mixer_name or cheapest or self.main),
+            per_sample=self.per_sample,
+        )
+
+
+MixerConfig = Annotated[
+    StochasticMixerConfig | AttentionConfig | MambaConfig | Mamba1Config,
+    Field(discriminator="type"),
+]
+
+
+class ModelConfig(Config):
+    """A decoder: embedding, blocks of mixer and SwiGLU, norm, head."""
+
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    intermediate_size: PositiveInt
+    mixer: MixerConfig
+    placement: tuple[str, ...] | None = Field(
+        None, description="one of the stochastic mixer's names per layer: an ordinary model"
+    )
+    norm_eps: PositiveFloat = 1e-5
+    tie_embeddings: bool = False
+    initializer_range: PositiveFloat = 0.02
+
+    @model_validator(mode="after")
+    def parts_fit(self) -> "ModelConfig":
+        if self.placement is not None:
+            if not isinstance(self.mixer, StochasticMixerConfig):
+                raise ValueError("placement goes with a mixer of type stochastic")
+            check_placement(self.placement, list(self.mixer.mixers), self.num_layers)
+        for mixer in self.mixers.values():
+            if isinstance(mixer, AttentionConfig) and not mixer.head_dim:
+                if self.hidden_size % mixer.heads:
+                    raise ValueError(
+                        f"heads must divide hidden_size ({self.hidden_size}) where head_dim is "
+                        f"not given, got {mixer.heads}"
+                    )
+        return self
+
+    @property
+    def mixers(self) -> dict[str, Any]:
+        """The choices of a layer by name; a plain mixer is called by its type."""
+        if isinstance(self.mixer, StochasticMixerConfig):
+            return self.mixer.mixers
+        return {self.mixer.type: self.mixer}
+
+    @property
+    def is_supernet(self) -> bool:
+        return isinstance(self.mixer, StochasticMixerConfig) and self.placement is None
+
+
+class TrainingConfig(Config):
+    """How a supernet is trained. Rates are per optimizer step, sizes in samples."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt = Field(description="samples in a micro-batch")
+    accumulation: PositiveInt = Field(1, description="micro-batches in a step")
+    table_per: Literal["micro_batch", "step"] = "micro_batch"
+    learning_rate: PositiveFloat = 1e-3
+    final_learning_rate: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    clip_norm: PositiveFloat | None = 1.0
+    inactive: Literal["skip", "decay"] = "skip"
+    frozen: tuple[str, ...] = Field((), description="patterns of parameter names, as in a shell")
+    dispatch: Literal["host", "dense"] = "host"
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16: matrix products under autocast, weights in float32"
+    )
+    log_every: PositiveInt = 10
+    evaluate_every: PositiveInt | None = None
+    evaluation_batches: PositiveInt = 8
+    checkpoint_every: PositiveInt = 500
+    keep_checkpoints: PositiveInt = 2
+
+
+class RunConfig(Config):
+    """One file for the whole chain: train, search, convert."""
+
+    output: Path
+    seed: NonNegativeInt = 0
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    search: SearchConfig | None = None
+
+
+class EvaluationConfig(RunConfig):
+    """A run, and which checkpoint of it, or of anything else, to measure on its held-out data."""
+
+    checkpoint: Path | None = Field(None, description="a folder; none is the run's newest")
+    placement: tuple[str, ...] | None = Field(None, description="none is the main mixers")
+
+
+def check_mixer_name(name: str) -> None:
+    """Names become keys of a module dict and parts of tensor names."""
+    from torch.nn import ModuleDict
+
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) or hasattr(ModuleDict, name):
+        raise ValueError(
+            "a mixer's name takes letters, digits, - and _, begins with no digit, and is no "
+            f"method of torch.nn.ModuleDict, got {name!r}"
+        )
+
+
+def check_placement(placement: Sequence[str], mixers: Sequence[str], layers: int) -> None:
+    """Raises ValueError unless there is one known mixer for each layer."""
+    if isinstance(placement, str) or len(placement) != layers:
+        raise ValueError(
+            f"placement takes one mixer name for each of the {layers} layers, "
+            f"got {placement if isinstance(placement, str) else list(placement)}"
+        )
+    for name in placement:
+        if name not in mixers:
+            raise ValueError(f"placement takes names of the mixers {list(mixers)}, got {name!r}")
+
+
+ConfigType = TypeVar("ConfigType", bound=BaseModel)
+
+
+def load_config(
+    path: str | Path | None, overrides: Sequence[str], kind: type[ConfigType]
+) -> ConfigType:
+    """Read a YAML file, apply `dotted.key=value` overrides (values are YAML), validate as `kind`.
+
+    Raises ConfigError, one sentence for each wrong key.
+    """
+    values = read_values(path)
+    for override in overrides:
+        apply_override(values, override)
+    return validate(values, kind)
+
+
+def read_values(path: str | Path | None) -> dict[str, Any]:
+    """A YAML file's mapping; empty where there is no file to read."""
+    if path is None:
+        return {}
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} takes a mapping of keys to values")
+    return values
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"an override takes the form key=value, got {override!r}")
+    *path, last = key.split(".")
+    for part in path:
+        inner = values.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{key} goes inside {part}, which is {inner!r}")
+        values = inner
+    values[last] = yaml.safe_load(text)
+
+
+def validate(values: dict[str, Any], kind: type[ConfigType]) -> ConfigType:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(sentence(detail) for detail in error.errors())) from error
+
+
+def sentence(detail: Any) -> str:
+    """One of pydantic's findings as `key: what is wrong, got value`."""
+    location = [str(part) for part in detail["loc"]]
+    kept = [part for i, part in enumerate(location) if not follows_union(location[:i])]
+    key = ".".join(kept) or "the configuration"
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if detail["type"] == "value_error":
+        return f"{key}: {message}"
+    if detail["type"] == "missing":
+        return f"{key}: is required"
+    if detail["type"] == "extra_forbidden":
+        return f"{key}: is not a known key, got {detail['input']!r}"
+    return f"{key}: {message}, got {detail['input']!r}"
+
+
+def follows_union(location: list[str]) -> bool:
+    """Whether pydantic puts a union's tag next, which is no key of the file."""
+    return location[-1:] in (["mixer"], ["data"]) or location[-2:-1] == ["mixers"]

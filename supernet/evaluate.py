@@ -1,0 +1,75 @@
+"""Evaluation: how well placements predict frozen, held-out batches."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.routing import MixerTable
+from .model import SupernetModel, language_model_losses
+from .search.scoring import Score
+from .search.space import Placement
+
+Batches = Sequence[tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def evaluate_placements(
+    model: SupernetModel, batches: Batches, placements: Sequence[Placement]
+) -> list[Score]:
+    """Score placements on the same batches, all of them in one forward per batch.
+
+    The batch is repeated once per placement, and a per-sample mixer table sends each copy its own
+    way. Metrics: `loss`, the mean cross entropy (nats) per labelled token, and `accuracy`, the
+    share of labelled tokens predicted right; their standard errors are over samples.
+    """
+    was_training = model.training
+    model.eval()
+    device = model.lm_head.weight.device
+    rows = torch.tensor([[model.mixer_names.index(name) for name in p] for p in placements])
+    tallies = []
+    for tokens, labels in batches:
+        batch = len(tokens)
+        table = MixerTable.of(
+            rows.T.repeat_interleave(batch, 1), len(model.mixer_names), len(rows) * batch
+        )
+        copies = tokens.to(device).repeat(len(rows), 1)
+        logits = model(copies, table=table)
+        tallies.append(tally(logits, labels.to(device).repeat(len(rows), 1)).view(len(rows), -1, 3))
+    model.train(was_training)
+    return [score_of(samples) for samples in torch.cat(tallies, 1).cpu()]
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: SupernetModel, batches: Batches, placement: Placement | None = None
+) -> Score:
+    """Score one placement, or the model as it stands: its only placement, or the main mixers."""
+    was_training = model.training
+    model.eval()
+    device = model.lm_head.weight.device
+    tallies = [
+        tally(model(tokens.to(device), placement=placement), labels.to(device))
+        for tokens, labels in batches
+    ]
+    model.train(was_training)
+    return score_of(torch.cat(tallies).cpu())
+
+
+def tally(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed loss, right predictions and labelled tokens of each sample: (batch, 3) float64."""
+    losses, counts = language_model_losses(logits, labels)
+    right = ((logits.argmax(-1) == labels) & (labels != -100)).sum(1)
+    return torch.stack((losses.double(), right.double(), counts.double()), 1)
+
+
+def score_of(samples: Tensor) -> Score:
+    """Means per token of (samples, 3) tallies, with the standard errors of these ratios."""
+    total = samples[:, 2].sum()
+    metrics, errors = {}, {}
+    for column, name in enumerate(("loss", "accuracy")):
+        mean = samples[:, column].sum() / total
+        residuals = samples[:, column] - mean * samples[:, 2]  # of a ratio (Cochran 1977, ch. 6)
+        metrics[name] = mean.item()
+        errors[name] = (residuals.std() * len(samples) ** 0.5 / total).item()
+    return Score(metrics, errors)

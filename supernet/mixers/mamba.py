@@ -1,0 +1,241 @@
+"""Mamba-1 mixers (Gu and Dao 2023, arXiv:2312.00752).
+
+`Mamba` takes the arguments and the state_dict of mamba_ssm.Mamba. `GroupedMamba` is Apriel's form
+(Wang et al. 2024, "The Mamba in the Llama", arXiv:2408.15237): x and B have as few heads as the
+keys and values of grouped-query attention, and the time step has a projection of its own.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels.causal_conv1d import causal_conv1d
+from ...kernels.selective_scan import selective_scan
+from .packing import packing_of, refuse_cache
+
+
+class Mamba(nn.Module):
+    """Mamba-1, a drop-in for mamba_ssm.Mamba: same arguments, defaults, initialisation and tensors.
+
+    d_model: width of the tokens. d_state: states per channel. d_conv: taps of the convolution,
+    2 to 4. expand: channels per d_model. dt_rank: rank of the time step's projection; auto is
+    d_model / 16, rounded up. dt_min, dt_max, dt_init ("random" or "constant"), dt_scale,
+    dt_init_floor: initial time steps. use_fast_path and layer_idx are taken and have no effect:
+    there is one path.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.d_inner, self.d_state = expand * d_model, d_state
+        self.dt_rank = rank_of(dt_rank, d_model)
+        self.layer_idx = layer_idx
+        where = {"device": device, "dtype": dtype}
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **where)
+        self.conv1d = depthwise_conv(self.d_inner, d_conv, conv_bias, **where)
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **where)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True, **where)
+        self.A_log = nn.Parameter(s4d_real(self.d_inner, d_state, device))
+        self.D = nn.Parameter(torch.ones(self.d_inner, device=device))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **where)
+        init_dt(self.dt_proj, dt_init, dt_scale, dt_min, dt_max, dt_init_floor)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: object = None,
+        use_cache: bool = False,
+        *,
+        cu_seqlens: Tensor | None = None,
+        **_: object,
+    ) -> Tensor:
+        """(batch, seqlen, d_model) to the same; attention_mask is a padding mask."""
+        refuse_cache(past_key_values, use_cache)
+        packing = packing_of(*hidden_states.shape[:2], attention_mask, cu_seqlens)
+        seq_idx = packing.seq_idx if packing else None
+
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x = convolve(self.conv1d, x, seq_idx)
+        dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        dt = F.linear(dt, self.dt_proj.weight)
+        y = scan(self, x, dt, B.unsqueeze(2), C.unsqueeze(2), z, seq_idx)
+        return self.out_proj(y)
+
+    def flops_per_token(self, seqlen: int) -> float:
+        """Forward FLOPs, two per multiply-add; the same at every length."""
+        return scan_mixer_flops(self, (self.in_proj, self.x_proj, self.dt_proj, self.out_proj))
+
+
+class GroupedMamba(nn.Module):
+    """Mamba in Apriel's grouped form; tensors are named as in its checkpoints.
+
+    hidden_size: width of the tokens. d_inner: channels of z and C. d_xb: channels of x and B
+    (defaults to d_inner), repeated to d_inner in groups of state_size channels. state_size: states
+    per channel, and channels per group. repeat_kv_before_conv: x is repeated before its
+    convolution, which then has d_inner channels, or after it, when it has d_xb. The other arguments
+    are Mamba's.
+
+    Apriel adds the bias of dt_proj twice, in the projection and in the scan; so does this class,
+    and checkpoints depend on it.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        d_inner: int,
+        d_xb: int | None = None,
+        state_size: int = 16,
+        dt_rank: int | str = "auto",
+        d_conv: int = 4,
+        repeat_kv_before_conv: bool = True,
+        conv_bias: bool = True,
+        dt_proj_bias: bool = True,
+        bias: bool = False,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+    ):
+        super().__init__()
+        self.d_inner, self.d_xb, self.d_state = d_inner, d_xb or d_inner, state_size
+        self.dt_rank = rank_of(dt_rank, hidden_size)
+        self.repeat_kv_before_conv = repeat_kv_before_conv
+        self.in_proj = nn.Linear(hidden_size, 2 * self.d_inner + 2 * self.d_xb, bias=bias)
+        self.dt_in_proj = nn.Linear(hidden_size, self.dt_rank, bias=bias)
+        self.dt_proj = nn.Linear(self.dt_rank, d_inner, bias=dt_proj_bias)
+        channels = self.d_inner if repeat_kv_before_conv else self.d_xb
+        self.conv1d = depthwise_conv(channels, d_conv, conv_bias)
+        self.A_log = nn.Parameter(s4d_real(self.d_inner, state_size, None))
+        self.D = nn.Parameter(torch.ones(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, hidden_size, bias=bias)
+        init_dt(self.dt_proj, dt_init, dt_scale, dt_min, dt_max, dt_init_floor)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: object = None,
+        use_cache: bool = False,
+        *,
+        cu_seqlens: Tensor | None = None,
+        **_: object,
+    ) -> Tensor:
+        """(batch, seqlen, hidden_size) to the same; attention_mask is a padding mask."""
+        refuse_cache(past_key_values, use_cache)
+        packing = packing_of(*hidden_states.shape[:2], attention_mask, cu_seqlens)
+        seq_idx = packing.seq_idx if packing else None
+
+        widths = (self.d_inner, self.d_xb, self.d_xb, self.d_inner)
+        z, x, B, C = self.in_proj(hidden_states).split(widths, dim=-1)
+        dt = self.dt_proj(self.dt_in_proj(hidden_states))
+        if self.repeat_kv_before_conv:
+            x = convolve(self.conv1d, self.repeat_groups(x), seq_idx)
+        else:
+            x = self.repeat_groups(convolve(self.conv1d, x, seq_idx))
+        # The scan reads group d · groups / d_inner for channel d, so B needs no repeating.
+        B = B.unflatten(-1, (-1, self.d_state))
+        C = C.unflatten(-1, (-1, self.d_state))
+        return self.out_proj(scan(self, x, dt, B, C, z, seq_idx))
+
+    def repeat_groups(self, x: Tensor) -> Tensor:
+        """(batch, seqlen, d_xb) to (batch, seqlen, d_inner), as key and value heads repeat."""
+        groups = x.unflatten(-1, (-1, self.d_state))
+        return groups.repeat_interleave(self.d_inner // self.d_xb, dim=-2).flatten(-2)
+
+    def flops_per_token(self, seqlen: int) -> float:
+        """Forward FLOPs, two per multiply-add; the same at every length."""
+        projections = (self.in_proj, self.dt_in_proj, self.dt_proj, self.out_proj)
+        return scan_mixer_flops(self, projections)
+
+
+def rank_of(dt_rank: int | str, d_model: int) -> int:
+    return math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+
+
+def depthwise_conv(channels: int, taps: int, bias: bool, **where) -> nn.Conv1d:
+    """Holds the taps under their usual names and initialisation; `convolve` applies them."""
+    return nn.Conv1d(channels, channels, taps, groups=channels, bias=bias, **where)
+
+
+def s4d_real(d_inner: int, d_state: int, device: torch.device | str | None) -> Tensor:
+    """log(1 … d_state) for every channel, float32 (Gu et al. 2022, S4D-Real)."""
+    states = torch.arange(1, d_state + 1, dtype=torch.float32, device=device)
+    return states.log().repeat(d_inner, 1)
+
+
+@torch.no_grad()
+def init_dt(
+    dt_proj: nn.Linear, init: str, scale: float, dt_min: float, dt_max: float, floor: float
+) -> None:
+    """A weight that keeps variance, and a bias whose softplus is log-uniform, dt_min to dt_max."""
+    std = dt_proj.in_features**-0.5 * scale
+    if init == "constant":
+        nn.init.constant_(dt_proj.weight, std)
+    elif init == "random":
+        nn.init.uniform_(dt_proj.weight, -std, std)
+    else:
+        raise ValueError(f"dt_init takes random or constant, got {init!r}")
+    if dt_proj.bias is not None:
+        low, high = math.log(dt_min), math.log(dt_max)
+        dt = (torch.rand(dt_proj.out_features) * (high - low) + low).exp().clamp(min=floor)
+        dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus, inverted
+
+
+def convolve(conv: nn.Conv1d, x: Tensor, seq_idx: Tensor | None) -> Tensor:
+    weight = conv.weight.squeeze(1)
+    return causal_conv1d(x, weight, conv.bias, activation="silu", seq_idx=seq_idx)
+
+
+def scan(
+    mixer: Mamba | GroupedMamba,
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    z: Tensor,
+    seq_idx: Tensor | None,
+) -> Tensor:
+    bias = mixer.dt_proj.bias
+    return selective_scan(
+        x,
+        dt,
+        -mixer.A_log.float().exp(),
+        B,
+        C,
+        mixer.D.float(),
+        z=z,
+        delta_bias=None if bias is None else bias.float(),
+        delta_softplus=True,
+        seq_idx=seq_idx,
+    )
+
+
+def scan_mixer_flops(mixer: Mamba | GroupedMamba, projections: tuple[nn.Linear, ...]) -> float:
+    """Projections and taps as multiply-adds; nine FLOPs for each state update, three for D and z.
+
+    A state update multiplies delta A, takes its exponential, multiplies delta u by B, and does two
+    multiply-adds, for the state and for the output.
+    """
+    weights = sum(linear.weight.numel() for linear in projections) + mixer.conv1d.weight.numel()
+    return 2 * weights + 9 * mixer.d_inner * mixer.d_state + 3 * mixer.d_inner

@@ -1,0 +1,82 @@
+"""Which tokens belong together: padding masks and packed sequences, as the mixers' ops take them.
+
+A padded batch is packed before attention and unpacked after it. Scans and convolutions stay in
+place: `seq_idx` numbers the sequences of a row, and their state starts anew wherever it changes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Sequences inside a (batch, seqlen) block of tokens.
+
+    seq_idx: (batch, seqlen) int32; tokens attend within equal numbers only.
+    cu_seqlens: (sequences + 1,) int32, where each packed sequence begins.
+    tokens: flat positions of the tokens that count, in order; None means all of them.
+    """
+
+    seq_idx: Tensor
+    cu_seqlens: Tensor
+    tokens: Tensor | None
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(batch, seqlen, …) to (total, …)."""
+        flat = x.flatten(0, 1)
+        return flat if self.tokens is None else flat[self.tokens]
+
+    def unpack(self, packed: Tensor, batch: int, seqlen: int) -> Tensor:
+        """(total, …) to (batch, seqlen, …), zero where padding stands."""
+        if self.tokens is None:
+            return packed.unflatten(0, (batch, seqlen))
+        flat = packed.new_zeros((batch * seqlen, *packed.shape[1:]))
+        return flat.index_copy(0, self.tokens, packed).unflatten(0, (batch, seqlen))
+
+
+def packing_of(
+    batch: int, seqlen: int, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Packing | None:
+    """The packing that a padding mask or cumulative lengths describe; None where neither is given.
+
+    attention_mask: (batch, seqlen), non-zero where a token counts; padding on either side.
+    cu_seqlens: (sequences + 1,) int32, with a batch of one row that holds all sequences.
+    """
+    if attention_mask is not None and cu_seqlens is not None:
+        raise ValueError("attention_mask and cu_seqlens exclude each other, got both")
+    if cu_seqlens is not None:
+        if batch != 1:
+            raise ValueError(f"cu_seqlens goes with a batch of one row, got {batch} rows")
+        positions = torch.arange(seqlen, device=cu_seqlens.device)
+        seq_idx = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
+        return Packing(seq_idx.int()[None], cu_seqlens, None)
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != (batch, seqlen):
+        raise ValueError(
+            f"attention_mask is a padding mask of shape ({batch}, {seqlen}), "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    mask = attention_mask.bool()
+    lengths = mask.sum(1, dtype=torch.int32)
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return Packing(mask.int(), cu_seqlens, mask.flatten().nonzero()[:, 0])
+
+
+def positions_of(seqlen: int, packing: Packing | None, device: torch.device) -> Tensor:
+    """Each token's place in its own sequence, (batch, seqlen); one row where all rows agree."""
+    places = torch.arange(seqlen, device=device)[None]
+    if packing is None:
+        return places
+    starts = torch.ones_like(packing.seq_idx, dtype=torch.bool)
+    starts[:, 1:] = packing.seq_idx[:, 1:] != packing.seq_idx[:, :-1]
+    return places - torch.where(starts, places, 0).cummax(1).values
+
+
+def refuse_cache(past_key_values: object, use_cache: bool) -> None:
+    if past_key_values is not None or use_cache:
+        raise NotImplementedError(
+            "this mixer keeps no cache yet; call it with use_cache=False and past_key_values=None"
+        )

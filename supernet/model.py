@@ -1,0 +1,212 @@
+"""The decoder: embedding, blocks of mixer and SwiGLU (Shazeer 2020), RMS norms, head.
+
+Tensors are named as in transformers' Mistral, with the mixers of a stochastic layer side by side
+under `layers.i.mixer.mixers.<name>`, and a plain mixer, or a placement's, under `layers.i.mixer`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.routing import MixerTable, Strategy, draw
+from .config import ModelConfig, StochasticMixerConfig, check_placement
+from .metrics import Mean
+from .mixers import build_mixer
+from .mixers.packing import packing_of
+from .stochastic import Dispatch, StochasticMixer
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, dispatch: Dispatch):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer = layer_mixer(config, layer, dispatch)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        x = x + self.mixer(self.input_layernorm(x), **kwargs)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class SupernetModel(nn.Module):
+    """A decoder language model whose layers hold one mixer or several.
+
+    config: its shape. dispatch: who follows the mixer table, host or dense.
+    Training a model with stochastic mixers takes `table=` (from `draw`) or `placement=`; evaluation
+    takes the main mixer in every layer unless one of them is given.
+    """
+
+    def __init__(self, config: ModelConfig, dispatch: Dispatch = "host"):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, layer, dispatch) for layer in range(config.num_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._initialize()
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        table: MixerTable | None = None,
+        placement: Sequence[str] | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        losses: dict[str, Mean] | None = None,
+        metrics: dict[str, Mean] | None = None,
+    ) -> Tensor:
+        """Logits (batch, seqlen, vocab_size) of tokens (batch, seqlen).
+
+        table: follow this mixer table. placement: one mixer name per layer, over the table.
+        attention_mask: (batch, seqlen) padding mask. cu_seqlens: (sequences + 1,) int32, with a
+        batch of one row that packs several sequences. losses, metrics: dicts for the mixers' own.
+        """
+        kwargs: dict[str, Any] = {"attention_mask": attention_mask, "cu_seqlens": cu_seqlens}
+        preprocessed = self._preprocess(tokens, attention_mask, cu_seqlens)
+        places = self._places(placement)
+        x = self.embed_tokens(tokens)
+        for layer, block in enumerate(self.layers):
+            if self.config.is_supernet:
+                kwargs.update(table=table, placement=places[layer], preprocessed=preprocessed)
+                kwargs.update(losses=losses, metrics=metrics)
+                x = block(x, **kwargs)
+            else:
+                x = block(x, **kwargs, **preprocessed.get(places[layer], {}))
+        return self.lm_head(self.norm(x))
+
+    @property
+    def mixer_names(self) -> tuple[str, ...]:
+        return tuple(self.config.mixers)
+
+    def strategy(self) -> Strategy:
+        """How this model's tables are drawn. Raises ValueError unless it is a supernet."""
+        if not self.config.is_supernet:
+            raise ValueError("only a model with stochastic mixers draws tables")
+        assert isinstance(self.config.mixer, StochasticMixerConfig)
+        flops = {name: mixer.flops_per_token(1024) for name, mixer in self._choices(0).items()}
+        return self.config.mixer.strategy(self.config.num_layers, min(flops, key=flops.__getitem__))
+
+    def draw(self, seed: int, step: int | Tensor, batch: int) -> MixerTable:
+        """The mixer table of a step: the same on every rank that names the same seed and step."""
+        assert isinstance(self.config.mixer, StochasticMixerConfig)
+        shifted = seed + self.config.mixer.seed_shift
+        return draw(self.strategy(), shifted, step, self.config.num_layers, batch, device="cpu")
+
+    def gate_of(self, parameter: str) -> tuple[int, str] | None:
+        """The (layer, mixer) that owns the named parameter; None where all placements share it."""
+        parts = parameter.split(".")
+        if parts[0] == "layers" and parts[2:4] == ["mixer", "mixers"]:
+            return int(parts[1]), parts[4]
+        return None
+
+    def flops_per_token(self, seqlen: int, placement: Sequence[str] | None = None) -> float:
+        """Forward FLOPs per token at a sequence length, two per multiply-add.
+
+        Of a placement; or else the exact expectation over the tables that the strategy draws.
+        """
+        shared = sum(p.numel() for name, p in self.named_parameters() if ".mixer." not in name)
+        shared -= 0 if self.config.tie_embeddings else self.embed_tokens.weight.numel()
+        shared -= sum(p.numel() for name, p in self.named_parameters() if "norm" in name)
+        total = 2.0 * shared
+        if placement is None and self.config.is_supernet:
+            marginals = self.strategy().marginals(self.config.num_layers)
+            for layer, shares in enumerate(marginals):
+                mixers = self._choices(layer).values()
+                for share, mixer in zip(shares, mixers, strict=True):
+                    total += float(share) * mixer.flops_per_token(seqlen)
+            return total
+        for layer, name in enumerate(self._places(placement)):
+            total += self._choices(layer)[name].flops_per_token(seqlen)
+        return total
+
+    def _choices(self, layer: int) -> dict[str, Any]:
+        mixer = self.layers[layer].mixer
+        if isinstance(mixer, StochasticMixer):
+            return dict(mixer.mixers.items())
+        return {self._places(None)[layer]: mixer}
+
+    def _places(self, placement: Sequence[str] | None) -> Sequence[Any]:
+        """Each layer's mixer by name; None where the table or the main mixer says."""
+        layers = self.config.num_layers
+        if not self.config.is_supernet:
+            own = self.config.placement or (self.mixer_names[0],) * layers
+            if placement is not None and tuple(placement) != own:
+                raise ValueError(
+                    f"this model has the one placement {list(own)}, got {list(placement)}"
+                )
+            return own
+        if placement is None:
+            return (None,) * layers
+        check_placement(placement, self.mixer_names, layers)
+        return placement
+
+    def _preprocess(
+        self, tokens: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> dict[str, Mapping[str, Any]]:
+        """What each kind of mixer computes once for all layers, in its own namespace."""
+        batch, seqlen = tokens.shape
+        packing = packing_of(batch, seqlen, attention_mask, cu_seqlens)
+        representatives: dict[str, Any] = {}
+        for layer in range(self.config.num_layers):
+            representatives |= self._choices(layer)
+        return {
+            name: mixer.preprocess(seqlen, packing, tokens.device)
+            for name, mixer in representatives.items()
+            if hasattr(mixer, "preprocess")
+        }
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """Normal weights; the mixers' own special tensors stay as they made them."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2 and not name.endswith(("dt_proj.weight", "A_log")):
+                nn.init.normal_(parameter, std=self.config.initializer_range)
+        depth = (2 * self.config.num_layers) ** -0.5  # of the residual stream (Radford et al. 2019)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
+                parameter.mul_(depth)
+
+
+def layer_mixer(config: ModelConfig, layer: int, dispatch: Dispatch) -> nn.Module:
+    """A layer's mixer: the one there is, the placement's, or all of them and a table's choice."""
+    if config.is_supernet:
+        assert isinstance(config.mixer, StochasticMixerConfig)
+        mixers = {
+            name: build_mixer(mixer, config.hidden_size) for name, mixer in config.mixers.items()
+        }
+        return StochasticMixer(
+            mixers, layer=layer, main_mixer_name=config.mixer.main, dispatch=dispatch
+        )
+    name = config.placement[layer] if config.placement else next(iter(config.mixers))
+    return build_mixer(config.mixers[name], config.hidden_size)
+
+
+def language_model_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy summed over each sample's labelled tokens, and their number: (batch,) each.
+
+    logits: (batch, seqlen, vocab). labels: (batch, seqlen), aligned with them; -100 is ignored.
+    """
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
+    )
+    return losses.view_as(labels).sum(1), (labels != -100).sum(1)

@@ -1,0 +1,251 @@
+"""StochasticMixer: several mixers in one layer's place, and a table that says which one runs.
+
+Training follows the mixer table, evaluation takes the main mixer, `placement=` overrides both.
+
+    dispatch="host"   a Python branch on the table: only the chosen mixers run, on their own samples
+    dispatch="dense"  every mixer runs on every sample and the result is selected: the oracle
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.routing import MixerTable, Strategy, draw
+from .config import check_mixer_name
+from .metrics import Mean, accumulate
+
+Dispatch = Literal["host", "dense"]
+
+# Keyword arguments whose tensors have a row per sample and follow a sample to its mixer. Tensors of
+# one row serve every sample.
+BATCHED_KWARGS = frozenset(
+    {"attention_mask", "position_ids", "position_embeddings", "angles", "seq_idx"}
+)
+
+
+class Router:
+    """Draws a mixer table per step for the StochasticMixers that share it.
+
+    strategy: how tables are drawn. layers: how many layers share the router. seed: of the draws;
+    one seed, one sequence of tables, on every rank. `step` counts the draws: set it to resume.
+    """
+
+    def __init__(self, strategy: Strategy, layers: int, *, seed: int = 0, step: int = 0):
+        self.strategy, self.layers, self.seed, self.step = strategy, layers, seed, step
+        self.table: MixerTable | None = None
+
+    def draw(self, batch: int) -> MixerTable:
+        """Draw the next step's table, for `batch` samples; the mixers follow it until the next."""
+        self.table = draw(self.strategy, self.seed, self.step, self.layers, batch, device="cpu")
+        self.step += 1
+        return self.table
+
+
+class StochasticMixer(nn.Module):
+    """One of several mixers per sample, as the mixer table says.
+
+    mixers: modules by name, in the order of the table's indices. Each maps hidden_states (batch,
+        seqlen, hidden) to a tensor of that shape, or to a tuple that begins with one, and gets
+        those of the keyword arguments that its forward takes.
+    layer: this layer's row of the table.
+    router: where the table comes from in training unless forward is given one.
+    main_mixer_name: the mixer of evaluation; defaults to the first.
+    dispatch: host or dense.
+    num_outputs: 1 returns a tensor; 2 returns (out, None) as attention in transformers does; 3
+        returns (out, None, past_key_values) as layers in fla do.
+    batched_kwargs: names of further keyword arguments that have a row per sample.
+
+    A mixer may have `preprocess(seqlen, packing, device) -> dict`, whose result only that
+    mixer gets, and may take `losses` and `metrics`, dicts to which it adds tensors of one value per
+    sample of its own. They come out under "mixer's name/key", averaged over the samples that took
+    the mixer. `counts` (mixers,) int64 counts the samples that each mixer got in training.
+    Raises ValueError in training where there is neither a table nor a placement.
+    """
+
+    counts: Tensor
+
+    def __init__(
+        self,
+        mixers: Mapping[str, nn.Module],
+        *,
+        layer: int = 0,
+        router: Router | None = None,
+        main_mixer_name: str | None = None,
+        dispatch: Dispatch = "host",
+        num_outputs: Literal[1, 2, 3] = 1,
+        batched_kwargs: frozenset[str] | set[str] = frozenset(),
+    ):
+        super().__init__()
+        if not mixers:
+            raise ValueError("mixers takes at least one mixer, got none")
+        for name in mixers:
+            check_mixer_name(name)
+        if router is not None and router.strategy.mixers != len(mixers):
+            raise ValueError(
+                f"router draws among {router.strategy.mixers} mixers, got {len(mixers)} of them"
+            )
+        if dispatch not in ("host", "dense"):
+            raise ValueError(f"dispatch takes host or dense, got {dispatch!r}")
+        self.mixers = nn.ModuleDict(mixers)
+        self.names = tuple(mixers)
+        self.main_mixer_name = main_mixer_name or self.names[0]
+        self._check_name("main_mixer_name", self.main_mixer_name)
+        self.layer, self.router, self.dispatch = layer, router, dispatch
+        self.num_outputs = num_outputs
+        self.batched_kwargs = BATCHED_KWARGS | batched_kwargs
+        self._accepts = {name: accepted_kwargs(mixer.forward) for name, mixer in mixers.items()}
+        self.register_buffer("counts", torch.zeros(len(mixers), dtype=torch.int64), False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        *,
+        table: MixerTable | None = None,
+        placement: str | None = None,
+        preprocessed: Mapping[str, Mapping[str, Any]] | None = None,
+        losses: dict[str, Mean] | None = None,
+        metrics: dict[str, Mean] | None = None,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Any, ...]:
+        """Mix along the sequence.
+
+        hidden_states: (batch, seqlen, hidden). table: whom to follow, also in evaluation; defaults
+        to the router's in training. placement: one mixer's name for the whole batch, over all else.
+        preprocessed: what `preprocess` of each mixer returned, by name.
+        """
+        kwargs.update(
+            attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache
+        )
+        call = Call(self, hidden_states, kwargs, preprocessed or {}, losses, metrics)
+        chosen = self._chosen(table, placement)
+        if isinstance(chosen, str):
+            out = call.run(chosen)
+        else:
+            if self.training:
+                self.counts += chosen.count[self.layer].to(self.counts.device)
+            out = (
+                self._dense(call, chosen) if self.dispatch == "dense" else self._host(call, chosen)
+            )
+        return (out, None, past_key_values)[: self.num_outputs] if self.num_outputs > 1 else out
+
+    def _chosen(self, table: MixerTable | None, placement: str | None) -> MixerTable | str:
+        if placement is not None:
+            self._check_name("placement", placement)
+            return placement
+        if table is not None:
+            return table
+        if not self.training:
+            return self.main_mixer_name
+        if self.router is None or self.router.table is None:
+            raise ValueError(
+                "training follows a mixer table: call the router's draw(batch) before each step, "
+                "or pass table= or placement="
+            )
+        return self.router.table
+
+    def _host(self, call: "Call", table: MixerTable) -> Tensor:
+        batch = len(call.hidden_states)
+        counts = table.count[self.layer].tolist()
+        if sum(counts) != batch:
+            raise ValueError(
+                f"the mixer table is for {sum(counts)} samples, got a batch of {batch}"
+            )
+        if batch in counts:
+            return call.run(self.names[counts.index(batch)])
+        samples, parts = [], []
+        for index, name in enumerate(self.names):
+            if counts[index]:
+                rows = table.samples[self.layer, index, : counts[index]]
+                samples.append(rows.to(call.hidden_states.device, torch.int64))
+                parts.append(call.run(name, samples[-1]))
+        return torch.cat(parts)[torch.cat(samples).argsort()]
+
+    def _dense(self, call: "Call", table: MixerTable) -> Tensor:
+        batch = len(call.hidden_states)
+        row = table.table[self.layer].to(call.hidden_states.device).expand(batch)
+        out = torch.zeros_like(call.hidden_states)
+        for index, name in enumerate(self.names):
+            taken = row == index
+            part = call.run(name, taken=taken)
+            out = torch.where(taken[:, None, None], part, out)
+        return out
+
+    def _check_name(self, key: str, name: str) -> None:
+        if name not in self.names:
+            raise ValueError(f"{key} takes one of the mixers {list(self.names)}, got {name!r}")
+
+
+class Call:
+    """One forward of a StochasticMixer: runs a mixer by name, on all samples or on some."""
+
+    def __init__(
+        self,
+        layer: StochasticMixer,
+        hidden_states: Tensor,
+        kwargs: Mapping[str, Any],
+        preprocessed: Mapping[str, Mapping[str, Any]],
+        losses: dict[str, Mean] | None,
+        metrics: dict[str, Mean] | None,
+    ):
+        self.layer, self.hidden_states, self.kwargs = layer, hidden_states, kwargs
+        self.preprocessed, self.reports = preprocessed, {"losses": losses, "metrics": metrics}
+
+    def run(self, name: str, rows: Tensor | None = None, taken: Tensor | None = None) -> Tensor:
+        """The named mixer's output for `rows` (None: all).
+
+        taken: (batch,) bool, the samples whose losses and metrics count (None: all that ran).
+        """
+        accepts = self.layer._accepts[name]
+        reports: dict[str, dict[str, Tensor]] = {"losses": {}, "metrics": {}}
+        kwargs = {**self.kwargs, **self.preprocessed.get(name, {})}
+        kwargs = {key: self._rows_of(key, value, rows) for key, value in kwargs.items()}
+        kwargs.update(reports)
+        hidden_states = self.hidden_states if rows is None else self.hidden_states[rows]
+        out = self.layer.mixers[name](
+            hidden_states, **{key: value for key, value in kwargs.items() if accepts(key)}
+        )
+        for kind, values in reports.items():
+            self._report(kind, name, values, len(hidden_states), taken)
+        return out[0] if isinstance(out, tuple) else out
+
+    def _rows_of(self, key: str, value: Any, rows: Tensor | None) -> Any:
+        if rows is None or value is None:
+            return value
+        if key == "past_key_values":
+            raise ValueError("a cache cannot be shared among mixers: pass past_key_values=None")
+        if key not in self.layer.batched_kwargs:
+            return value
+        if isinstance(value, tuple):
+            return tuple(self._rows_of(key, item, rows) for item in value)
+        return value[rows] if value.shape[0] == len(self.hidden_states) else value
+
+    def _report(
+        self, kind: str, name: str, values: dict[str, Tensor], samples: int, taken: Tensor | None
+    ) -> None:
+        into = self.reports[kind]
+        for key, value in values.items():
+            if value.shape != (samples,):
+                raise ValueError(
+                    f"{kind} of mixer {name} take one value per sample, shape ({samples},), "
+                    f"got {tuple(value.shape)} for {key}"
+                )
+            if into is not None:
+                accumulate(into, f"{name}/{key}", Mean.of(value, taken))
+
+
+def accepted_kwargs(forward: Callable[..., Any]) -> Callable[[str], bool]:
+    """Says which keyword arguments a forward takes."""
+    parameters = inspect.signature(forward).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        # Its own losses and metrics a mixer names itself: whatever swallows all kwargs may forward
+        # them to code that knows neither.
+        named = {p.name for p in parameters}
+        return lambda key: key in named or key not in ("losses", "metrics")
+    keyword = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
+    return lambda key: key in keyword

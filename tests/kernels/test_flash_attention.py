@@ -1,0 +1,356 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from transformers.masking_utils import sliding_window_causal_mask_function
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from tests.support import budget, route_of
+from tossup.kernels.flash_attention import flash_attention
+
+WINDOWS = [(-1, -1), (-1, 0), (0, 0), (2, 0), (-1, 3), (3, 1), (0, -1), (100, 100)]
+PLAIN = dict(window_size=(-1, -1))
+
+
+def tensors(batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim, dtype=torch.float64, seed=0):
+    """q, k and v that want gradients, and gradients of out and lse."""
+    torch.manual_seed(seed)
+    q, dout = torch.randn(2, batch, seqlen_q, heads, head_dim, dtype=dtype).unbind()
+    k, v = torch.randn(2, batch, seqlen_k, kv_heads, head_dim, dtype=dtype).unbind()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (
+        [x.clone().requires_grad_() for x in (q, k, v)],
+        dout,
+        torch.randn_like(q[..., 0], dtype=wide),
+    )
+
+
+def run(inputs, dout, dlse, **options):
+    """out, lse, dq, dk, dv; the gradient of lse in q's layout, None to leave lse out."""
+    out, lse = flash_attention(*inputs, return_lse=True, **options)
+    if dlse is None:
+        return out, lse, *torch.autograd.grad(out, inputs, dout)
+    return out, lse, *torch.autograd.grad((out, lse), inputs, (dout, dlse.transpose(-1, -2)))
+
+
+def brute_force(q, k, v, left, right, scale):
+    """One query, one key at a time, in Python's own floats."""
+    (batch, seqlen_q, heads, _), (_, seqlen_k, kv_heads, _) = q.shape, k.shape
+    out, lse = torch.zeros_like(q), torch.full((batch, heads, seqlen_q), -math.inf).double()
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(seqlen_q):
+                position = seqlen_k - (seqlen_q - i)  # the last query stands at the last key
+                terms = {}
+                for j in range(seqlen_k):
+                    if left != -1 and position - j > left:
+                        continue
+                    if right != -1 and j - position > right:
+                        continue
+                    key = k[b, j, h * kv_heads // heads].tolist()
+                    score = sum(x * y for x, y in zip(q[b, i, h].tolist(), key, strict=True))
+                    terms[j] = math.exp(scale * score)
+                if terms:
+                    total = sum(terms.values())
+                    lse[b, h, i] = math.log(total)
+                    for j, term in terms.items():
+                        out[b, i, h] += term / total * v[b, j, h * kv_heads // heads]
+    return out, lse
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("window_size", WINDOWS)
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(4, 4), (2, 5), (6, 3), (1, 4), (5, 1)])
+def test_agrees_with_brute_force(impl, window_size, seqlen_q, seqlen_k):
+    inputs, *_ = tensors(1, seqlen_q, seqlen_k, 4, 2, 3)
+    q, k, v = (x.detach() for x in inputs)
+    options = dict(window_size=window_size, softmax_scale=0.7, return_lse=True, impl=impl)
+    expected = brute_force(q, k, v, *window_size, 0.7)
+    torch.testing.assert_close(flash_attention(q, k, v, **options), expected)
+    causal = brute_force(q, k, v, window_size[0], 0, 0.7)
+    torch.testing.assert_close(flash_attention(q, k, v, causal=True, **options), causal)
+
+
+def assert_within_budget(ours, exact, same):
+    for got, oracle, plain in zip(ours, exact, same, strict=True):
+        assert torch.equal(got.isneginf(), oracle.isneginf())
+        seen = ~oracle.isneginf()
+        if seen.any():
+            error = (got.double() - oracle)[seen].abs().max()
+            assert error <= budget(oracle[seen], plain[seen])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize(
+    "sizes, options",
+    [
+        ((1, 1, 1, 1, 1, 1), PLAIN),
+        ((2, 7, 7, 4, 4, 40), dict(causal=True)),
+        ((2, 130, 130, 4, 2, 64), dict(causal=True)),
+        ((2, 130, 130, 4, 1, 17), dict(causal=True, window_size=(9, -1))),
+        ((2, 33, 130, 6, 2, 40), dict(causal=True)),
+        ((2, 130, 33, 6, 3, 40), dict(causal=True, softmax_scale=0.1)),
+        ((3, 130, 7, 2, 2, 64), dict(window_size=(3, 5))),
+        ((2, 7, 130, 2, 1, 128), PLAIN),
+    ],
+)
+def test_agrees_with_float64(dtype, with_lse, sizes, options):
+    inputs, dout, dlse = tensors(*sizes, dtype)
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    wide = (dlse, dlse.double()) if with_lse else (None, None)
+    ours = run(inputs, dout, wide[0], impl="cpu", **options)
+    same = run(inputs, dout, wide[0], impl="reference", **options)
+    exact = run(exact_inputs, dout.double(), wide[1], impl="reference", **options)
+    assert [x.dtype for x in ours] == [dtype, torch.float32, dtype, dtype, dtype]
+    assert_within_budget(ours, exact, same)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(7, 7), (5, 33), (1, 7)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_agrees_with_torch(impl, seqlen_q, seqlen_k, causal):
+    inputs, dout, _ = tensors(2, seqlen_q, seqlen_k, 4, 2, 17)
+    ours = run(inputs, dout, None, causal=causal, impl=impl)
+    mask = causal_lower_right(seqlen_q, seqlen_k)._materialize() if causal else None
+    with sdpa_kernel(SDPBackend.MATH):
+        heads_first = (x.transpose(1, 2) for x in inputs)
+        theirs = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True)
+    theirs = theirs.transpose(1, 2)
+    grads = torch.autograd.grad(theirs, inputs, dout)
+    for got, expected in zip((ours[0], *ours[2:]), (theirs, *grads), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("window", [1, 4, 50])
+def test_agrees_with_transformers_sliding_window(window):
+    """Their window counts the query's own key, ours the keys to its left."""
+    inputs, *_ = tensors(2, 21, 21, 4, 2, 16, torch.float32)
+    sees = sliding_window_causal_mask_function(window)
+    position = torch.arange(21)
+    mask = torch.zeros(21, 21)
+    mask.masked_fill_(~sees(0, 0, position[:, None], position[None]), float("-inf"))
+    module = torch.nn.Module().eval()
+    module.num_key_value_groups = 2
+    heads_first = (x.transpose(1, 2) for x in inputs)
+    theirs, _ = eager_attention_forward(module, *heads_first, mask, scaling=0.25)
+    ours = flash_attention(*inputs, causal=True, window_size=(window - 1, 0), impl="cpu")
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(3, 3), (2, 4), (4, 2)])
+def test_gradients_agree_with_finite_differences(seqlen_q, seqlen_k):
+    inputs, *_ = tensors(2, seqlen_q, seqlen_k, 2, 1, 3)
+
+    def attend(*inputs):
+        out, lse = flash_attention(*inputs, causal=True, return_lse=True, impl="cpu")
+        return out, lse[:, :, max(0, seqlen_q - seqlen_k) :]  # -inf has no finite difference
+
+    assert torch.autograd.gradcheck(attend, inputs, fast_mode=True)
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    seqlen_q=st.integers(0, 40),
+    seqlen_k=st.integers(0, 40),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    head_dim=st.integers(1, 20),
+    left=st.integers(-1, 12),
+    right=st.integers(-1, 12),
+    causal=st.booleans(),
+    with_lse=st.booleans(),
+)
+def test_agrees_with_the_reference(
+    seqlen_q, seqlen_k, kv_heads, group, head_dim, left, right, causal, with_lse
+):
+    inputs, dout, dlse = tensors(2, seqlen_q, seqlen_k, kv_heads * group, kv_heads, head_dim)
+    options = dict(causal=causal, window_size=(left, right))
+    dlse = dlse if with_lse else None
+    ours = run(inputs, dout, dlse, impl="cpu", **options)
+    torch.testing.assert_close(ours, run(inputs, dout, dlse, impl="reference", **options))
+
+
+@pytest.mark.parametrize("strided", [0, 1, 2, 3])
+def test_takes_any_strides(strided):
+    """Each tensor in turn, dout included, with strides of its own in every dimension."""
+    inputs, dout, dlse = tensors(2, 9, 9, 4, 2, 8)
+    expected = run(inputs, dout, dlse, impl="cpu", causal=True)
+    given_strides = [*inputs, dout]
+    source = given_strides[strided].detach()
+    stretched = torch.full([2 * n for n in reversed(source.shape)], float("nan")).double()
+    view = stretched[::2, ::2, ::2, ::2].permute(3, 2, 1, 0).copy_(source)
+    given_strides[strided] = view.requires_grad_(strided < 3)
+    *inputs, dout = given_strides
+    torch.testing.assert_close(run(inputs, dout, dlse, impl="cpu", causal=True), expected)
+
+
+def test_takes_an_expanded_gradient():
+    inputs, *_ = tensors(1, 5, 5, 2, 2, 4)
+    ours = torch.autograd.grad(flash_attention(*inputs, impl="cpu").sum(), inputs)
+    theirs = torch.autograd.grad(flash_attention(*inputs, impl="reference").sum(), inputs)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("chosen", [(), (2,), (0, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(9, 9), (9, 4)])
+def test_route_touches_only_its_samples(impl, with_lse, chosen, seqlen_q, seqlen_k):
+    inputs, dout, dlse = tensors(4, seqlen_q, seqlen_k, 4, 2, 8)
+    dlse = dlse if with_lse else None
+    alone = run(inputs, dout, dlse, causal=True, impl="reference")
+    others = [b for b in range(4) if b not in chosen]
+    with torch.no_grad():
+        for poisoned in (*inputs, dout, *([dlse] if with_lse else [])):
+            poisoned[others] = float("nan")
+    route = route_of(*chosen, batch=4)
+    routed = run(inputs, dout, dlse, causal=True, impl=impl, route=route)
+    for got, expected in zip(routed, alone, strict=True):
+        torch.testing.assert_close(got[list(chosen)], expected[list(chosen)])
+    for unwritten in routed if impl == "cpu" else routed[:2]:
+        assert unwritten[others].isnan().all()
+
+
+def test_backward_follows_the_route_of_forward():
+    inputs, dout, _ = tensors(3, 5, 5, 2, 2, 4)
+    route = route_of(1, batch=3)
+    out = flash_attention(*inputs, route=route, impl="cpu")
+    expected = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+    route.count.zero_()
+    route.samples.fill_(2)
+    for got, first in zip(torch.autograd.grad(out, inputs, dout), expected, strict=True):
+        assert not got[1].isnan().any() and torch.equal(got[1], first[1])
+
+
+CU_Q, CU_K = [0, 3, 3, 10, 11], [0, 5, 9, 12, 12]  # without queries; fewer keys; without keys
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("chosen", [None, (), (2,), (0, 1, 3)])
+def test_packed_sequences_do_not_see_each_other(impl, with_lse, chosen):
+    inputs, dout, dlse = tensors(1, 13, 14, 4, 2, 8)  # two tokens of padding behind the last
+    q, k, v = inputs
+    packed = [x.detach()[0].clone().requires_grad_() for x in inputs]
+    packed_dlse = dlse[0] if with_lse else None
+    results = run(
+        packed,
+        dout[0],
+        packed_dlse,
+        causal=True,
+        cu_seqlens_q=torch.tensor(CU_Q, dtype=torch.int32),
+        cu_seqlens_k=torch.tensor(CU_K, dtype=torch.int32),
+        route=None if chosen is None else route_of(*chosen, batch=4),
+        impl=impl,
+    )
+    out, lse, dq, dk, dv = results
+    assert lse.shape == (4, 13)
+    written_q, written_k = torch.zeros(13, dtype=torch.bool), torch.zeros(14, dtype=torch.bool)
+    for n in range(4) if chosen is None else chosen:
+        of_q, of_k = slice(*CU_Q[n : n + 2]), slice(*CU_K[n : n + 2])
+        written_q[of_q], written_k[of_k] = True, True
+        alone = [q[:, of_q], k[:, of_k], v[:, of_k]]
+        alone_dlse = dlse[:, of_q] if with_lse else None
+        expected = run(alone, dout[:, of_q], alone_dlse, causal=True, impl="reference")
+        got = out[of_q], lse[:, of_q], dq[of_q], dk[of_k], dv[of_k]
+        torch.testing.assert_close([x[None] for x in got], list(expected))
+    assert out[~written_q].isnan().all() and lse[:, ~written_q].isnan().all()
+    if impl == "cpu":
+        assert dq[~written_q].isnan().all()
+        assert dk[~written_k].isnan().all() and dv[~written_k].isnan().all()
+
+
+def test_packed_keys_lie_as_the_queries_by_default():
+    inputs, *_ = tensors(2, 6, 6, 2, 2, 4)
+    packed = [x.detach().flatten(0, 1) for x in inputs]
+    bounds = torch.tensor([0, 6, 12], dtype=torch.int32)
+    out = flash_attention(*packed, cu_seqlens_q=bounds, impl="cpu")
+    torch.testing.assert_close(out, flash_attention(*inputs, impl="cpu").flatten(0, 1))
+
+
+def cases():
+    """Arguments for one dense, one routed and one packed call."""
+    route = route_of(1, batch=2)
+    packed = torch.tensor([0, 4, 7], dtype=torch.int32)
+    dense, *_ = tensors(2, 5, 3, 4, 2, 8, torch.float32)
+    flat = [x.detach()[0].requires_grad_() for x in tensors(1, 7, 7, 4, 2, 8, torch.float32)[0]]
+    return {
+        "dense": (dense, dict(causal=True)),
+        "routed": (dense, dict(causal=True, route=route)),
+        "packed": (flat, dict(cu_seqlens_q=packed, window_size=(2, 1))),
+        "packed and routed": (flat, dict(cu_seqlens_q=packed, route=route)),
+    }
+
+
+@pytest.mark.parametrize("case", cases())
+def test_registration(case):
+    inputs, options = cases()[case]
+    route, bounds = options.get("route"), options.get("cu_seqlens_q")
+    places = (bounds, bounds, route and route.count, route and route.samples)
+    tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
+    if route is None:  # with a route, what nobody wrote differs from call to call
+        tests.append("test_aot_dispatch_dynamic")
+    op = torch.ops.tossup.flash_attention
+    torch.library.opcheck(op, (*inputs, 2, 0, 0.5, *places, "cpu"), test_utils=tests)
+
+
+@pytest.mark.parametrize("case", cases())
+def test_compiles_whole(case):
+    inputs, options = cases()[case]
+
+    def loss(q, k, v):
+        out, lse = flash_attention(q, k, v, return_lse=True, impl="cpu", **options)
+        return out.nan_to_num().square().sum() + lse.nan_to_num(neginf=0.0).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected, got = loss(*inputs), compiled(*inputs)
+    torch.testing.assert_close(got, expected)
+    for ours, eager in zip(
+        torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True
+    ):
+        torch.testing.assert_close(ours, eager, equal_nan=True)
+
+
+BOUNDS = torch.tensor([0, 2], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "shapes, options, message",
+    [
+        ([(2, 4, 8)] * 3, {}, r"q must be \(batch, seqlen, heads, head_dim\), got \(2, 4, 8\)"),
+        ([(1, 2, 4, 8)] * 3, dict(cu_seqlens_q=BOUNDS), r"q must be \(total, heads, head_dim\)"),
+        ([(1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 9)], {}, "k and v must have the same shape"),
+        ([(1, 2, 4, 8), (1, 2, 4, 9), (1, 2, 4, 9)], {}, "q's batch and head_dim"),
+        ([(1, 2, 4, 8), (2, 2, 4, 8), (2, 2, 4, 8)], {}, "q's batch and head_dim"),
+        ([(1, 2, 4, 8), (1, 2, 3, 8), (1, 2, 3, 8)], {}, "divides q's 4, got 3"),
+        ([(1, 2, 4, 8)] * 3, dict(window_size=(-2, 0)), r"window_size must .* got \(-2, 0\)"),
+        ([(1, 2, 4, 8)] * 3, dict(cu_seqlens_k=BOUNDS), "must come with cu_seqlens_q"),
+        ([(2, 4, 8)] * 3, dict(cu_seqlens_q=BOUNDS.long()), r"int32 \(sequences \+ 1,\)"),
+        (
+            [(2, 4, 8)] * 3,
+            dict(cu_seqlens_q=BOUNDS, cu_seqlens_k=torch.tensor([0, 1, 2], dtype=torch.int32)),
+            "as many sequences, got 1 and 2",
+        ),
+        ([(1, 4, 8)] * 3, dict(cu_seqlens_q=BOUNDS), r"grow from 0 to q's 1 tokens, got \[0, 2\]"),
+    ],
+)
+def test_what_does_not_fit_is_refused(shapes, options, message):
+    with pytest.raises(ValueError, match=message):
+        flash_attention(*(torch.zeros(shape) for shape in shapes), impl="cpu", **options)
+
+
+def test_mixed_dtypes_are_refused():
+    x = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(ValueError, match=r"share one dtype .* got torch\.float16 for k"):
+        flash_attention(x, x.half(), x)

@@ -1,0 +1,170 @@
+"""Mixers against mamba-ssm's and transformers' own modules, and against their equations."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import MistralConfig
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralRotaryEmbedding
+
+from tests.oracles import Mamba as UpstreamMamba
+from tests.oracles import selective_scan_ref
+from tossup import Attention, Mamba
+from tossup.supernet.mixers import GroupedMamba
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def gradients(module, out, seed=0):
+    torch.manual_seed(seed)
+    (out * torch.randn_like(out)).sum().backward()
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"d_state": 5, "d_conv": 3, "expand": 1, "dt_rank": 3, "bias": True}]
+)
+def test_mamba_is_mamba_ssms(options):
+    torch.manual_seed(0)
+    theirs = UpstreamMamba(24, **options, use_fast_path=False)
+    ours = Mamba(24, **options, use_fast_path=False, layer_idx=0)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, 17, 24)
+    out = ours(x)
+    expected = theirs(x)
+    close(out, expected)
+    grads = gradients(ours, out)
+    for name, grad in gradients(theirs, expected).items():
+        close(grads[name], grad)
+
+
+def test_mamba_starts_as_mamba_ssms_does():
+    torch.manual_seed(0)
+    theirs, ours = UpstreamMamba(64, dt_init="constant"), Mamba(64, dt_init="constant")
+    close(ours.A_log, theirs.A_log)
+    close(ours.D, theirs.D)
+    close(ours.dt_proj.weight, theirs.dt_proj.weight)
+    for module in (theirs, ours):
+        dt = F.softplus(module.dt_proj.bias.detach())
+        assert 0.001 <= dt.min() and dt.max() <= 0.1
+        assert dt.log().std() == pytest.approx(math.log(100) / 12**0.5, rel=0.2)
+    with pytest.raises(ValueError, match="dt_init takes random or constant, got 'zero'"):
+        Mamba(64, dt_init="zero")
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_grouped_mamba_follows_its_equations(before):
+    """Every step written out: split, repeat as key and value heads do, convolve, scan, gate."""
+    torch.manual_seed(0)
+    d_inner, d_xb, state, seqlen = 24, 8, 4, 11
+    mixer = GroupedMamba(16, d_inner, d_xb, state, dt_rank=3, repeat_kv_before_conv=before)
+    hidden = torch.randn(2, seqlen, 16)
+    z, x, B, C = mixer.in_proj(hidden).transpose(1, 2).split((d_inner, d_xb, d_xb, d_inner), 1)
+
+    def repeat(heads):  # (batch, d_xb, seqlen) to (batch, d_inner, seqlen)
+        groups = heads.reshape(2, d_xb // state, 1, state, seqlen)
+        return groups.expand(-1, -1, d_inner // d_xb, -1, -1).reshape(2, d_inner, seqlen)
+
+    def convolve(channels):
+        padded = F.pad(channels, (3, 0))
+        return F.silu(F.conv1d(padded, mixer.conv1d.weight, mixer.conv1d.bias, groups=x_channels))
+
+    x_channels = d_inner if before else d_xb
+    x = convolve(repeat(x)) if before else repeat(convolve(x))
+    dt = mixer.dt_proj(mixer.dt_in_proj(hidden)).transpose(1, 2)
+    y = selective_scan_ref(
+        x,
+        dt,
+        -mixer.A_log.exp(),
+        repeat(B).reshape(2, d_inner // state, state, seqlen),
+        C.reshape(2, d_inner // state, state, seqlen),
+        mixer.D,
+        z=z,
+        delta_bias=mixer.dt_proj.bias,
+        delta_softplus=True,
+    )
+    close(mixer(hidden), mixer.out_proj(y.transpose(1, 2)))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_is_mistrals(window):
+    torch.manual_seed(0)
+    config = MistralConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=window,
+        attn_implementation="eager",
+        rope_theta=500.0,
+    )
+    theirs = MistralAttention(config, layer_idx=0)
+    ours = Attention(32, heads=4, kv_heads=2, head_dim=8, window_size=window, rope_theta=500.0)
+    ours.load_state_dict(theirs.state_dict())
+    x, places = torch.randn(2, 13, 32), torch.arange(13)
+    distance = places[:, None] - places
+    seen = (distance >= 0) & (distance < (window or 13))
+    mask = torch.zeros(1, 1, 13, 13).masked_fill(~seen, -math.inf)
+    angles = MistralRotaryEmbedding(config)(x, places[None])
+    expected = theirs(x, angles, mask)[0]
+    out = ours(x)
+    close(out, expected)
+    grads = gradients(ours, out)
+    for name, grad in gradients(theirs, expected).items():
+        close(grads[name], grad)
+
+
+MIXERS = {
+    "attention": lambda: Attention(16, heads=2, kv_heads=1),
+    "window": lambda: Attention(16, heads=2, window_size=3),
+    "mamba": lambda: GroupedMamba(16, 16, 8, 4),
+    "mamba1": lambda: Mamba(16, d_state=4),
+}
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_packed_and_padded_sequences_are_those_sequences_alone(kind):
+    torch.manual_seed(0)
+    mixer = MIXERS[kind]()
+    sequences = [torch.randn(1, length, 16) for length in (5, 1, 7)]
+    alone = [mixer(sequence) for sequence in sequences]
+    packed = mixer(torch.cat(sequences, 1), cu_seqlens=torch.tensor([0, 5, 6, 13]).int())
+    close(packed, torch.cat(alone, 1))
+    for side in ("left", "right"):
+        pad = [(7 - s.shape[1], 0) if side == "left" else (0, 7 - s.shape[1]) for s in sequences]
+        both = list(zip(sequences, pad, strict=True))
+        padded = torch.cat([F.pad(s, (0, 0, *p), value=9.0) for s, p in both])
+        mask = torch.cat([F.pad(torch.ones_like(s[..., 0]), p) for s, p in both])
+        out = mixer(padded, attention_mask=mask)
+        for row, keep, expected in zip(out, mask.bool(), alone, strict=True):
+            close(row[keep], expected[0])
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_what_a_mixer_cannot_do_it_says(kind):
+    mixer, x = MIXERS[kind](), torch.randn(2, 4, 16)
+    with pytest.raises(NotImplementedError, match="keeps no cache yet"):
+        mixer(x, use_cache=True)
+    with pytest.raises(ValueError, match=r"padding mask of shape \(2, 4\), got \(2, 1, 4, 4\)"):
+        mixer(x, attention_mask=torch.ones(2, 1, 4, 4))
+    with pytest.raises(ValueError, match="batch of one row, got 2 rows"):
+        mixer(x, cu_seqlens=torch.tensor([0, 4]).int())
+    with pytest.raises(ValueError, match="exclude each other"):
+        mixer(x[:1], attention_mask=torch.ones(1, 4), cu_seqlens=torch.tensor([0, 4]).int())
+
+
+def test_flops_count_what_runs():
+    """Against a count by hand: every product of a matrix with a token, every score, every state."""
+    attention = Attention(16, heads=4, kv_heads=2, head_dim=8, window_size=3)
+    projections = 16 * (4 + 2 + 2) * 8 + 4 * 8 * 16
+    keys = sum(min(place + 1, 3) for place in range(10)) / 10
+    assert attention.flops_per_token(10) == pytest.approx(
+        2 * projections + 2 * 2 * 4 * 8 * keys, rel=1e-12
+    )
+    assert attention.flops_per_token(2) == pytest.approx(2 * projections + 4 * 4 * 8 * 1.5)
+    mamba = GroupedMamba(16, d_inner=24, d_xb=8, state_size=4, dt_rank=3)
+    weights = 16 * (2 * 24 + 2 * 8) + 16 * 3 + 3 * 24 + 24 * 4 + 24 * 16
+    assert mamba.flops_per_token(10) == 2 * weights + 24 * 4 * 9 + 24 * 3

@@ -1,0 +1,145 @@
+"""The decoder: dispatches agree, placements are models of their own, costs are exact."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from tests.supernet.tiny import model_config, model_values
+from tossup import MixerTable, SupernetModel
+from tossup.supernet.checkpoint import model_tensors
+from tossup.supernet.config import ModelConfig
+from tossup.supernet.model import language_model_losses
+
+TOKENS = torch.randint(32, (5, 9), generator=torch.Generator().manual_seed(0))
+
+
+def supernet(dispatch="host", **mixer):
+    torch.manual_seed(0)
+    return SupernetModel(model_config(**mixer), dispatch)
+
+
+def results(model, **kwargs):
+    model.zero_grad()
+    logits = model(TOKENS, **kwargs)
+    torch.manual_seed(1)
+    (logits * torch.randn_like(logits)).sum().backward()
+    return logits, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_host_and_dense_dispatch_agree(per_sample):
+    host, dense = supernet("host", per_sample=per_sample), supernet("dense", per_sample=per_sample)
+    for step in range(4):
+        table = host.draw(0, step, len(TOKENS))
+        logits, grads = results(host, table=table)
+        expected, expected_grads = results(dense, table=table)
+        torch.testing.assert_close(logits, expected)
+        for name, grad in expected_grads.items():
+            ours = torch.zeros_like(grad) if grads[name] is None else grads[name]
+            torch.testing.assert_close(ours, grad)
+            gate = host.gate_of(name)
+            if gate is not None:
+                used = table.count[gate[0], host.mixer_names.index(gate[1])] > 0
+                assert (grads[name] is not None) == used
+
+
+def test_a_placement_is_the_ordinary_model_of_these_mixers():
+    model = supernet().eval()
+    tensors = model_tensors(model)
+    for placement in product(("attention", "mamba"), repeat=3):
+        values = {**model_values(), "placement": placement}
+        alone = SupernetModel(ModelConfig.model_validate(values)).eval()
+        for name, parameter in alone.named_parameters():
+            layer = name.split(".")[1]
+            inner = f".mixer.mixers.{placement[int(layer)]}." if layer.isdigit() else ""
+            parameter.data.copy_(tensors[name.replace(".mixer.", inner)])
+        expected = alone(TOKENS)
+        torch.testing.assert_close(model(TOKENS, placement=placement), expected)
+        rows = torch.tensor([[model.mixer_names.index(name)] for name in placement])
+        torch.testing.assert_close(model(TOKENS, table=MixerTable.of(rows, 2, 5)), expected)
+        with pytest.raises(ValueError, match="this model has the one placement"):
+            alone(TOKENS, placement=[*placement[:2], "gdn"])
+
+
+def test_evaluation_takes_the_main_mixer_in_every_layer():
+    model = supernet(main_mixer_name="mamba").eval()
+    assert torch.equal(model(TOKENS), model(TOKENS, placement=["mamba"] * 3))
+    model.train()
+    with pytest.raises(ValueError, match="training follows a mixer table"):
+        model(TOKENS)
+    with pytest.raises(ValueError, match="placement takes one mixer name for each of the 3 layers"):
+        model(TOKENS, placement=["mamba"])
+
+
+def test_packed_sequences_are_those_sequences_alone():
+    model = supernet().eval()
+    placement = ("mamba", "attention", "mamba")
+    packed = model(
+        TOKENS[:1], placement=placement, cu_seqlens=torch.tensor([0, 4, 9], dtype=torch.int32)
+    )
+    alone = [model(part, placement=placement) for part in (TOKENS[:1, :4], TOKENS[:1, 4:])]
+    torch.testing.assert_close(packed, torch.cat(alone, 1))
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        {},
+        {"sampling_strategy": "weighted", "sampling_weights": {"attention": 3, "mamba": 1}},
+        {"sampling_strategy": "full_layout"},
+        {
+            "predefined_layouts": [["mamba", "mamba", "attention"], ["attention"] * 3],
+            "predefined_layout_probabilities": [0.5, 0.125],
+        },
+    ],
+)
+def test_expected_flops_are_the_mean_over_all_tables(mixer):
+    """Enumerates every table with its probability, worked out here from the strategy's words."""
+    model = supernet(**mixer)
+    placements = list(product(("attention", "mamba"), repeat=3))
+    kind = mixer.get("sampling_strategy", "uniform")
+    weights = mixer.get("sampling_weights", {"attention": 1, "mamba": 1})
+    total = sum(weights.values())
+    layouts = mixer.get("predefined_layouts", [])
+    shares = mixer.get("predefined_layout_probabilities", [])
+    expected = 0.0
+    for placement in placements:
+        if kind == "full_layout":  # four allocations of 3 layers; each arrangement alike
+            count = placement.count("mamba")
+            probability = 1 / 4 / sum(p.count("mamba") == count for p in placements)
+        else:
+            probability = 1.0
+            for name in placement:
+                probability *= weights[name] / total
+        probability *= 1 - sum(shares)
+        for layout, share in zip(layouts, shares, strict=True):
+            probability += share * (tuple(layout) == placement)
+        expected += probability * model.flops_per_token(7, placement)
+    assert model.flops_per_token(7) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_shared_flops_are_the_matrices_that_every_token_meets(tie):
+    model = SupernetModel(ModelConfig.model_validate({**model_values(), "tie_embeddings": tie}))
+    mixers = sum(
+        block.mixer.mixers["attention"].flops_per_token(7) for block in model.layers
+    )
+    matrices = 3 * 3 * 16 * 24 + 32 * 16
+    assert model.flops_per_token(7, ["attention"] * 3) == mixers + 2 * matrices
+
+
+def test_sandwich_takes_the_mixer_of_fewest_flops_as_cheapest():
+    model = supernet(sampling_strategy="sandwich")
+    attention, mamba = (m.flops_per_token(1024) for m in model.layers[0].mixer.mixers.values())
+    assert mamba < attention
+    assert (model.draw(0, 0, 2).table == 0).all() and (model.draw(0, 1, 2).table == 1).all()
+
+
+def test_losses_are_summed_over_labelled_tokens():
+    logits = torch.randn(2, 3, 4)
+    labels = torch.tensor([[1, -100, 3], [-100, -100, -100]])
+    losses, counts = language_model_losses(logits, labels)
+    logs = logits.log_softmax(-1)
+    torch.testing.assert_close(losses, torch.stack((-logs[0, 0, 1] - logs[0, 2, 3], 0 * logs.sum())))
+    assert counts.tolist() == [2, 0]
