@@ -4,25 +4,27 @@ import importlib
 import importlib.util
 import os
 from types import ModuleType
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-Impl = Literal["auto", "triton", "cpu", "reference"]
+Backend = Literal["triton", "cpu", "reference"]
+Impl = Literal["auto"] | Backend
 
 
-def resolve_impl(impl: Impl, device: torch.device) -> str:
+def resolve_impl(impl: Impl, device: torch.device) -> Backend:
     """Name the implementation for tensors on `device`.
 
     `auto` is what `TOSSUP_IMPL` says, else Triton on CUDA and the CPU backend elsewhere. An
     explicit choice is returned as it is: it runs or raises, and never falls back.
     """
-    chosen = impl
+    chosen: str = impl
     if chosen == "auto":
         chosen = os.environ.get("TOSSUP_IMPL") or ("triton" if device.type == "cuda" else "cpu")
-    if chosen not in ("triton", "cpu", "reference"):
-        raise ValueError(f"impl must be auto, triton, cpu or reference, got {chosen!r}")
-    return chosen
+    for backend in get_args(Backend):
+        if chosen == backend:
+            return backend
+    raise ValueError(f"impl must be auto, triton, cpu or reference, got {chosen!r}")
 
 
 def load_backend(package: str, impl: str) -> ModuleType:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .config import ConfigError, ModelConfig, validate
 from .files import directory_atomically, recover_directory
 from .model import SupernetModel
+from .stochastic import Dispatch
 
 FORMAT = "tossup"
 
@@ -30,7 +31,7 @@ def write_checkpoint(model: SupernetModel, folder: Path | str) -> None:
         save_model(model, temporary)
 
 
-def read_checkpoint(folder: Path | str, dispatch: str = "host") -> SupernetModel:
+def read_checkpoint(folder: Path | str, dispatch: Dispatch = "host") -> SupernetModel:
     """The model of a folder that `save_model` wrote."""
     folder = Path(folder)
     recover_directory(folder)

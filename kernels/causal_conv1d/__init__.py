@@ -47,8 +47,8 @@ def causal_conv1d(
     Raises ValueError where a shape, a dtype or the activation is not as above.
     """
     check(x, weight, bias, initial_state, seq_idx, activation)
-    impl = resolve_impl(impl, x.device)
-    if impl == "reference":
+    chosen = resolve_impl(impl, x.device)
+    if chosen == "reference":
         before, index = (t if t is None else take(route, t) for t in (initial_state, seq_idx))
         rows = causal_conv1d_reference(take(route, x), weight, bias, before, index, activation)
         out, final_state = (put(route, r, len(x)) for r in rows)
@@ -57,7 +57,7 @@ def causal_conv1d(
 
         count, samples = (route.count, route.samples) if route is not None else (None, None)
         out, final_state = causal_conv1d_op(
-            x, weight, bias, initial_state, seq_idx, count, samples, activation, impl
+            x, weight, bias, initial_state, seq_idx, count, samples, activation, chosen
         )
     return (out, final_state) if return_final_state else out
 

@@ -41,18 +41,18 @@ def causal_conv1d_backward_op(
     samples: Tensor | None,
     activation: str | None,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """The gradients of x to initial_state, empty for those that are None."""
     gradients = load_backend(__package__, impl).backward(
         dout, dfinal_state, x, weight, bias, initial_state, seq_idx, count, samples, activation
     )
-    return tuple(dout.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return [dout.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
 @causal_conv1d_backward_op.register_fake
 def _(dout, dfinal_state, x, weight, bias, initial_state, *others):
     differentiable = (x, weight, bias, initial_state)
-    return tuple(dout.new_empty(0) if t is None else t.new_empty(t.shape) for t in differentiable)
+    return [dout.new_empty(0) if t is None else t.new_empty(t.shape) for t in differentiable]
 
 
 def save_for_backward(ctx, inputs, output):

@@ -62,8 +62,8 @@ def selective_scan(
     Raises ValueError where a shape or a dtype is not as above.
     """
     check(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
-    impl = resolve_impl(impl, u.device)
-    if impl == "reference":
+    chosen = resolve_impl(impl, u.device)
+    if chosen == "reference":
         batched = (take(route, x) for x in (u, delta, B, C))
         taken = (x if x is None else take(route, x) for x in (z, initial_state, seq_idx))
         (x, step, b, c), (gate, first, index) = batched, taken
@@ -77,7 +77,7 @@ def selective_scan(
         count, samples = (route.count, route.samples) if route is not None else (None, None)
         out, final_state, _ = selective_scan_op(
             u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples,
-            delta_softplus, impl,
+            delta_softplus, chosen,
         )  # fmt: skip
     return (out, final_state) if return_final_state else out
 

@@ -24,9 +24,8 @@ from numba.extending import overload
 from torch import Tensor
 
 from ..routing import rows_of
+from .lanes import LANES, load, multiply, multiply_add, splat, store, total
 from .ops import CHUNK, wide
-
-LANES = 16  # channels of a block: one AVX-512 register, or two of AVX2
 
 # Contraction into fused multiply-adds is the one liberty taken: NaN and infinities stay as they are
 COMPILE = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
@@ -66,14 +65,6 @@ def choose_exp(x):
     return (lambda x: exp_float32(x)) if x == numba.float32 else (lambda x: math.exp(x))
 
 
-@numba.njit(fastmath={"contract", "reassoc"})
-def lane_sum(values):
-    total = values[0]
-    for lane in range(1, LANES):
-        total += values[lane]
-    return total
-
-
 @numba.njit
 def locate(task, dim, run):
     """The sample, first channel and number of channels of a task.
@@ -92,11 +83,8 @@ def forward_sweep(tasks, run, u, delta, A, B, C, resets, state, y, kept):
     seqlen, dim = u.shape[1:]
     states = A.shape[1]
     decay_rate, h = np.zeros((states, LANES), u.dtype), np.zeros((states, LANES), u.dtype)
-    step, drive, total = (
-        np.zeros(LANES, u.dtype),
-        np.zeros(LANES, u.dtype),
-        np.zeros(LANES, u.dtype),
-    )
+    step, drive = np.zeros(LANES, u.dtype), np.zeros(LANES, u.dtype)
+    sums = np.zeros(LANES, u.dtype)
     for task in tasks:
         s, _, first, width = locate(task, dim, run)
         b_group, c_group = first * B.shape[2] // dim, first * C.shape[2] // dim
@@ -118,15 +106,15 @@ def forward_sweep(tasks, run, u, delta, A, B, C, resets, state, y, kept):
             for lane in range(width):
                 step[lane] = delta[s, t, first + lane]
                 drive[lane] = delta[s, t, first + lane] * u[s, t, first + lane]
-            total[:] = 0
+            sums[:] = 0
             for n in range(states):
                 b, c = B[s, t, b_group, n], C[s, t, c_group, n]
                 for lane in range(LANES):
                     value = exp(step[lane] * decay_rate[n, lane]) * h[n, lane] + drive[lane] * b
                     h[n, lane] = value
-                    total[lane] += value * c
+                    sums[lane] += value * c
             for lane in range(width):
-                y[s, t, first + lane] = total[lane]
+                y[s, t, first + lane] = sums[lane]
         for n in range(states):
             for lane in range(width):
                 state[s, first + lane, n] = h[n, lane]
@@ -146,14 +134,11 @@ def backward_sweep(
     decay_rate, ddecay_rate = np.zeros((states, LANES), dtype), np.zeros((states, LANES), dtype)
     dh = np.zeros((states, LANES), dtype)
     h, decay = np.zeros((CHUNK + 1, states, LANES), dtype), np.zeros((CHUNK, states, LANES), dtype)
-    step, x, drive = (
-        np.zeros((CHUNK, LANES), dtype),
-        np.zeros((CHUNK, LANES), dtype),
-        np.zeros((CHUNK, LANES), dtype),
-    )
-    total, dout = np.zeros(LANES, dtype), np.zeros(LANES, dtype)
+    step, x = np.zeros((CHUNK, LANES), dtype), np.zeros((CHUNK, LANES), dtype)
+    drive = np.zeros((CHUNK, LANES), dtype)
+    sums, dout = np.zeros(LANES, dtype), np.zeros(LANES, dtype)
     ddrive, dstep = np.zeros(LANES, dtype), np.zeros(LANES, dtype)
-    for_b, for_c = np.zeros(LANES, dtype), np.zeros(LANES, dtype)
+    zero = dtype.type(0)
     for task in tasks:
         s, block, first, width = locate(task, dim, run)
         b_group, c_group = first * B.shape[2] // dim, first * C.shape[2] // dim
@@ -181,8 +166,8 @@ def backward_sweep(
                     step[i, lane] = delta[s, t, first + lane]
                     x[i, lane] = u[s, t, first + lane]
                     drive[i, lane] = delta[s, t, first + lane] * u[s, t, first + lane]
-                total[:] = 0
-                keep = u.dtype.type(not resets[s, t])
+                sums[:] = 0
+                keep = dtype.type(not resets[s, t])
                 for n in range(states):
                     b, c = B[s, t, b_group, n], C[s, t, c_group, n]
                     for lane in range(LANES):
@@ -190,29 +175,28 @@ def backward_sweep(
                         value = a * h[i, n, lane] + drive[i, lane] * b
                         decay[i, n, lane] = a
                         h[i + 1, n, lane] = value
-                        total[lane] += value * c
+                        sums[lane] += value * c
                 for lane in range(width):
-                    y[s, t, first + lane] = total[lane]
+                    y[s, t, first + lane] = sums[lane]
             for i in range(length - 1, -1, -1):
                 t = start + i
                 for lane in range(width):
                     dout[lane] = dy[s, t, first + lane]
-                ddrive[:] = 0
-                dstep[:] = 0
+                dout_t, drive_t, step_t = load(dout, 0), load(drive, i), load(step, i)
+                ddrive_t, dstep_t = splat(zero), splat(zero)
                 for n in range(states):
-                    b, c = B[s, t, b_group, n], C[s, t, c_group, n]
-                    for lane in range(LANES):
-                        g = dh[n, lane] + dout[lane] * c
-                        for_c[lane] = dout[lane] * h[i + 1, n, lane]
-                        for_b[lane] = g * drive[i, lane]
-                        ddrive[lane] += g * b
-                        g *= decay[i, n, lane]
-                        dh[n, lane] = g
-                        g *= h[i, n, lane]
-                        dstep[lane] += g * decay_rate[n, lane]
-                        ddecay_rate[n, lane] += g * step[i, lane]
-                    dB[s, t, block, n] = lane_sum(for_b)
-                    dC[s, t, block, n] = lane_sum(for_c)
+                    dh_n = multiply_add(dout_t, splat(C[s, t, c_group, n]), load(dh, n))
+                    dC[s, t, block, n] = total(multiply(dout_t, load(h, (i + 1) * states + n)))
+                    dB[s, t, block, n] = total(multiply(dh_n, drive_t))
+                    ddrive_t = multiply_add(dh_n, splat(B[s, t, b_group, n]), ddrive_t)
+                    dh_n = multiply(dh_n, load(decay, i * states + n))
+                    store(dh, n, dh_n)
+                    dexponent = multiply(dh_n, load(h, i * states + n))
+                    dstep_t = multiply_add(dexponent, load(decay_rate, n), dstep_t)
+                    ddecay_n = multiply_add(dexponent, step_t, load(ddecay_rate, n))
+                    store(ddecay_rate, n, ddecay_n)
+                store(ddrive, 0, ddrive_t)
+                store(dstep, 0, dstep_t)
                 for lane in range(width):
                     du[s, t, first + lane] = ddrive[lane] * step[i, lane]
                     ddelta[s, t, first + lane] = dstep[lane] + ddrive[lane] * x[i, lane]

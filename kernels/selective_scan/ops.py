@@ -66,19 +66,19 @@ def selective_scan_backward_op(
     samples: Tensor | None,
     delta_softplus: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """The gradients of u to initial_state, empty for those that are None."""
     gradients = load_backend(__package__, impl).backward(
         dout, dfinal_state, kept,
         u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples, delta_softplus,
     )  # fmt: skip
-    return tuple(dout.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return [dout.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
 @selective_scan_backward_op.register_fake
 def _(dout, dfinal_state, kept, *inputs):
     differentiable = inputs[:9]
-    return tuple(dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in differentiable)
+    return [dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in differentiable]
 
 
 def save_for_backward(ctx, inputs, output):

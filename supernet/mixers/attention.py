@@ -70,13 +70,13 @@ class Attention(nn.Module):
             cos, sin = (table.expand(batch, -1, -1) for table in angles)
             q, k = rotary(q, cos, sin), rotary(k, cos, sin)
         window = (-1 if self.window_size is None else self.window_size - 1, -1)
-        if packing is None:
-            out = flash_attention(q, k, v, causal=True, window_size=window)
-        else:
+        bounds = None
+        if packing is not None:
             q, k, v = packing.pack(q), packing.pack(k), packing.pack(v)
-            out = flash_attention(
-                q, k, v, causal=True, window_size=window, cu_seqlens_q=packing.cu_seqlens
-            )
+            bounds = packing.cu_seqlens
+        out = flash_attention(q, k, v, causal=True, window_size=window, cu_seqlens_q=bounds)
+        assert isinstance(out, Tensor)
+        if packing is not None:
             out = packing.unpack(out, batch, seqlen)
         return self.o_proj(out.flatten(-2))
 

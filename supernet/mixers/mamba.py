@@ -6,6 +6,7 @@ keys and values of grouped-query attention, and the time step has a projection o
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ class Mamba(nn.Module):
         self.d_inner, self.d_state = expand * d_model, d_state
         self.dt_rank = rank_of(dt_rank, d_model)
         self.layer_idx = layer_idx
-        where = {"device": device, "dtype": dtype}
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **where)
         self.conv1d = depthwise_conv(self.d_inner, d_conv, conv_bias, **where)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **where)
@@ -71,7 +72,8 @@ class Mamba(nn.Module):
     ) -> Tensor:
         """(batch, seqlen, d_model) to the same; attention_mask is a padding mask."""
         refuse_cache(past_key_values, use_cache)
-        packing = packing_of(*hidden_states.shape[:2], attention_mask, cu_seqlens)
+        batch, seqlen, _width = hidden_states.shape
+        packing = packing_of(batch, seqlen, attention_mask, cu_seqlens)
         seq_idx = packing.seq_idx if packing else None
 
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
@@ -143,7 +145,8 @@ class GroupedMamba(nn.Module):
     ) -> Tensor:
         """(batch, seqlen, hidden_size) to the same; attention_mask is a padding mask."""
         refuse_cache(past_key_values, use_cache)
-        packing = packing_of(*hidden_states.shape[:2], attention_mask, cu_seqlens)
+        batch, seqlen, _width = hidden_states.shape
+        packing = packing_of(batch, seqlen, attention_mask, cu_seqlens)
         seq_idx = packing.seq_idx if packing else None
 
         widths = (self.d_inner, self.d_xb, self.d_xb, self.d_inner)
@@ -173,7 +176,7 @@ def rank_of(dt_rank: int | str, d_model: int) -> int:
     return math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
 
 
-def depthwise_conv(channels: int, taps: int, bias: bool, **where) -> nn.Conv1d:
+def depthwise_conv(channels: int, taps: int, bias: bool, **where: Any) -> nn.Conv1d:
     """Holds the taps under their usual names and initialisation; `convolve` applies them."""
     return nn.Conv1d(channels, channels, taps, groups=channels, bias=bias, **where)
 
@@ -204,7 +207,9 @@ def init_dt(
 
 def convolve(conv: nn.Conv1d, x: Tensor, seq_idx: Tensor | None) -> Tensor:
     weight = conv.weight.squeeze(1)
-    return causal_conv1d(x, weight, conv.bias, activation="silu", seq_idx=seq_idx)
+    out = causal_conv1d(x, weight, conv.bias, activation="silu", seq_idx=seq_idx)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def scan(
@@ -217,7 +222,7 @@ def scan(
     seq_idx: Tensor | None,
 ) -> Tensor:
     bias = mixer.dt_proj.bias
-    return selective_scan(
+    out = selective_scan(
         x,
         dt,
         -mixer.A_log.float().exp(),
@@ -229,6 +234,8 @@ def scan(
         delta_softplus=True,
         seq_idx=seq_idx,
     )
+    assert isinstance(out, Tensor)
+    return out
 
 
 def scan_mixer_flops(mixer: Mamba | GroupedMamba, projections: tuple[nn.Linear, ...]) -> float:

@@ -110,7 +110,7 @@ def test_float64_stays_float64():
     seed=st.integers(0, 1000),
 )
 def test_any_options(without, softplus, packed, batch, seqlen, groups, heads, states, seed):
-    tensors = make(batch, seqlen, 6 * heads, states, groups, without=without, seed=seed)
+    tensors = make(batch, seqlen, 6 * heads, states, groups, torch.float64, without, seed)
     if not softplus:
         tensors["delta"] = tensors["delta"].abs()
         tensors |= {"delta_bias": tensors["delta_bias"].abs()} if "delta_bias" in tensors else {}
@@ -118,8 +118,9 @@ def test_any_options(without, softplus, packed, batch, seqlen, groups, heads, st
     if packed:
         starts = torch.rand(batch, seqlen, generator=torch.Generator().manual_seed(seed)) < 0.2
         options["seq_idx"] = starts.cumsum(1).int() % 3  # a number may come back
-    exact = run(doubled(tensors), "reference", **options)
-    assert_within_budget(run(tensors, **options), exact, run(tensors, "reference", **options))
+    ours, exact = (run(tensors, impl, **options) for impl in ("cpu", "reference"))
+    for name in exact:
+        torch.testing.assert_close(ours[name], exact[name], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
@@ -153,7 +154,9 @@ def test_two_tokens_by_hand(impl):
     out, state = selective_scan(u, delta, A, B, C, return_final_state=True, impl=impl)
     first = 0.5 * 3 * 2
     second = first * torch.exp(torch.tensor(-2.0)) + 2 * 5 * 7
-    torch.testing.assert_close(out, torch.stack([torch.tensor(first * 11), second * 13])[None, :, None])
+    torch.testing.assert_close(
+        out, torch.stack([torch.tensor(first * 11), second * 13])[None, :, None]
+    )
     torch.testing.assert_close(state, second.view(1, 1, 1))
 
 
@@ -161,7 +164,10 @@ def test_two_tokens_by_hand(impl):
 def test_gradients_by_finite_differences(options):
     tensors = make(2, 19, 4, 2, (2, 1), dtype=torch.float64)
     if not options:
-        tensors["delta"], tensors["delta_bias"] = tensors["delta"].abs(), tensors["delta_bias"].abs()
+        tensors["delta"], tensors["delta_bias"] = (
+            tensors["delta"].abs(),
+            tensors["delta_bias"].abs(),
+        )
     seq_idx = (torch.arange(19) // 7).expand(2, -1)
 
     def scan(*leaves):
@@ -226,9 +232,7 @@ def test_no_gradient_crosses_a_reset():
     out, _ = selective_scan(
         **tensors, delta_softplus=True, seq_idx=seq_idx, return_final_state=True, impl="cpu"
     )
-    du, dstate = torch.autograd.grad(
-        out[:, 9:].sum(), (tensors["u"], tensors["initial_state"])
-    )
+    du, dstate = torch.autograd.grad(out[:, 9:].sum(), (tensors["u"], tensors["initial_state"]))
     assert (du[:, :9] == 0).all() and (du[:, 9:] != 0).any()
     assert (dstate == 0).all()
 
@@ -334,9 +338,7 @@ def test_registration(routed, monkeypatch):
     seq_idx = (torch.arange(9) // 4).int().expand(2, -1).contiguous()
     route = route_of(0, 1, batch=2)
     count, samples = (route.count, route.samples) if routed else (None, None)
-    torch.library.opcheck(
-        selective_scan_op, (*leaves, seq_idx, count, samples, True, "cpu")
-    )
+    torch.library.opcheck(selective_scan_op, (*leaves, seq_idx, count, samples, True, "cpu"))
 
 
 @pytest.mark.parametrize("routed", [False, True])
@@ -365,8 +367,14 @@ def test_compiles_as_one_graph(routed):
         ({"u": torch.zeros(3, 4)}, r"u must be \(batch, seqlen, dim\).* got \(3, 4\)"),
         ({"u": torch.zeros(2, 0, 6)}, "at least one token"),
         ({"A": torch.zeros(5, 3)}, r"A must be \(dim, state\) = \(6, state\), real, got \(5, 3\)"),
-        ({"A": torch.zeros(6, 3, dtype=torch.complex64)}, "A must be .* real, got .* of torch.complex64"),
-        ({"B": torch.zeros(2, 9, 4, 3)}, r"B must be .* groups dividing dim = 6, got \(2, 9, 4, 3\)"),
+        (
+            {"A": torch.zeros(6, 3, dtype=torch.complex64)},
+            "A must be .* real, got .* of torch.complex64",
+        ),
+        (
+            {"B": torch.zeros(2, 9, 4, 3)},
+            r"B must be .* groups dividing dim = 6, got \(2, 9, 4, 3\)",
+        ),
         ({"C": torch.zeros(2, 9, 3)}, r"C must be .* got \(2, 9, 3\)"),
         ({"delta": torch.zeros(2, 8, 6)}, r"delta must be of shape \(2, 9, 6\), got \(2, 8, 6\)"),
         ({"D": torch.zeros(1)}, r"D must be of shape \(6,\), got \(1,\)"),

@@ -70,9 +70,7 @@ def test_strategy_carries_the_configuration_to_the_kernels():
         cheapest=1,
         per_sample=True,
     )
-    with pytest.raises(
-        ConfigError, match=r"each of the 3 layers, got a layout of 2"
-    ):
+    with pytest.raises(ConfigError, match=r"each of the 3 layers, got a layout of 2"):
         config.strategy(3)
 
 

@@ -1,0 +1,59 @@
+# Every target sets up .venv where it is missing, or where setup.py or constraints.txt has changed.
+PYTHON ?= python3
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench clean
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+PACKAGE := .venv/package.stamp
+DEV := .venv/dev.stamp
+
+help:
+	@echo "make demo   train a supernet, search it and export the best placement (runs/demo/)"
+	@echo "make test   run the tests"
+	@echo "make lint   run ruff and mypy"
+	@echo "make bench  run the microbenchmarks"
+	@echo "make clean  remove .venv and what the tools left behind; runs/ stays"
+
+demo: $(PACKAGE)
+	$(BIN)/python examples/demo.py
+
+test: $(DEV)
+	$(BIN)/python -m pytest tests
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(DEV)
+	$(BIN)/python -m pytest bench
+
+clean:
+	rm -rf .venv build dist tossup.egg-info
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# torch comes first and shows its progress: it is by far the largest download.
+$(PACKAGE): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"Tossup needs Python 3.11 or newer, $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.11 …")'
+	@echo "Setting up .venv (1 of 2): torch"
+	@rm -rf .venv
+	@$(PYTHON) -m venv .venv
+	@$(PIP) torch
+	@echo "Setting up .venv (2 of 2): Tossup"
+	@$(PIP) --quiet --editable '.[report]'
+	@touch $@
+
+# mamba-ssm is an oracle: only its Python is wanted, so that its CUDA build is skipped.
+# Hugging Face's kernels is there because its name is that of our folder, which must not matter.
+$(DEV): $(PACKAGE)
+	@echo "Setting up .venv for development (1 of 2): tools"
+	@$(PIP) --quiet --editable '.[dev]'
+	@echo "Setting up .venv for development (2 of 2): what tests compare with"
+	@MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
+		$(PIP) --quiet --no-deps --no-build-isolation mamba-ssm kernels
+	@touch $@

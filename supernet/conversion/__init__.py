@@ -1,0 +1,130 @@
+"""Checkpoints in our format and in others', and one placement of a supernet as an ordinary model.
+
+| format | holds | is |
+|---|---|---|
+| tossup | any model, supernets included | our own |
+| apriel_hybrid_ssm | attention and grouped Mamba, layer by layer | ServiceNow's AprielHybridSSM |
+| mistral | attention in every layer | transformers' MistralForCausalLM |
+
+Weights are written in the dtype that they have in the model, and a model read from another format
+has the dtypes of its file, so that tensors come back bit for bit. A tossup checkpoint is read into
+float32. Token ids and position limits of other formats' config.json are not kept: a model of ours
+knows none.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from ..checkpoint import FORMAT, read_checkpoint, save_model
+from ..config import Config, ConfigError
+from ..files import directory_atomically, recover_directory
+from ..model import SupernetModel
+from ..stochastic import Dispatch
+from .apriel_hybrid import APRIEL_HYBRID
+from .huggingface import read_json, read_model, write_model
+from .mistral import MISTRAL
+from .placement import place, placement_of_result
+from .pretrained import load_pretrained
+
+__all__ = ["ConvertConfig", "convert", "load_checkpoint", "load_into", "place", "save_checkpoint"]
+
+FormatName = Literal["tossup", "apriel_hybrid_ssm", "mistral"]
+FORMATS = {fmt.model_type: fmt for fmt in (APRIEL_HYBRID, MISTRAL)}
+
+
+class ConvertConfig(Config):
+    """What `tossup convert` reads and writes."""
+
+    input: Path = Field(description="a checkpoint's folder, of any format")
+    output: Path = Field(description="the folder to write; a checkpoint there is replaced")
+    format: FormatName = "tossup"
+    placement: tuple[str, ...] | Path | None = Field(
+        None, description="a mixer name per layer, or a search result; none keeps what input has"
+    )
+
+    @field_validator("placement", mode="before")
+    @classmethod
+    def placement_is_names_or_path(cls, placement: Any) -> Any:
+        names = isinstance(placement, list | tuple) and all(isinstance(x, str) for x in placement)
+        if placement is None or names or isinstance(placement, str | Path):
+            return placement
+        raise ValueError(
+            f"takes a list of mixer names or the path of a search result, got {placement!r}"
+        )
+
+
+def convert(config: ConvertConfig) -> Path:
+    """Read a checkpoint, fix its placement if one is given, write it, and return where it is."""
+    model = load_checkpoint(config.input)
+    placement = config.placement
+    if isinstance(placement, Path):
+        placement = placement_of_result(placement, model.config)
+    save_checkpoint(model, config.output, config.format, placement)
+    return config.output
+
+
+def load_checkpoint(path: Path | str, dispatch: Dispatch = "host") -> SupernetModel:
+    """The model of a checkpoint's folder; its config.json says in which format it is.
+
+    Raises ConfigError where the format is unknown, or holds what a model of ours cannot.
+    """
+    folder = Path(path)
+    recover_directory(folder)
+    settings = read_json(folder / "config.json")
+    model_type = settings.get("model_type")
+    if model_type == FORMAT:
+        return read_checkpoint(folder, dispatch)
+    architectures = settings.get("architectures") or ()
+    for fmt in FORMATS.values():
+        if model_type == fmt.model_type or fmt.architecture in architectures:
+            return read_model(folder, fmt, dispatch)
+    raise ConfigError(
+        f"model_type takes one of {[FORMAT, *FORMATS]}, got {model_type!r} in {folder}/config.json"
+    )
+
+
+def save_checkpoint(
+    model: SupernetModel,
+    path: Path | str,
+    format: FormatName = "tossup",
+    placement: Sequence[str] | None = None,
+) -> None:
+    """Write the model, or one placement of it, as a folder that is there whole or not at all.
+
+    format: see the table above; all but tossup need a placement where the model is a supernet.
+    placement: one of the supernet's mixers for each layer.
+    A checkpoint that is at `path` is replaced. Raises ConfigError where the format cannot hold the
+    model, or `path` is anything but a checkpoint.
+    """
+    if format != FORMAT and format not in FORMATS:
+        raise ConfigError(f"format takes one of {[FORMAT, *FORMATS]}, got {format!r}")
+    refuse_foreign(Path(path))
+    if placement is not None:
+        model = place(model, placement)
+    with directory_atomically(path) as folder:
+        if format == FORMAT:
+            save_model(model, folder)
+        else:
+            write_model(model, folder, FORMATS[format])
+
+
+def load_into(model: SupernetModel, path: Path | str) -> None:
+    """Start a supernet from a pretrained checkpoint of an ordinary model, of any format.
+
+    Embedding, norms, MLPs and the main mixer of each layer receive its weights; other mixers keep
+    their initialisation. Raises ConfigError where the two do not fit.
+    """
+    load_pretrained(model, load_checkpoint(path))
+
+
+def refuse_foreign(path: Path) -> None:
+    """Replacing a folder deletes what is in it, so it has to be a checkpoint, or empty."""
+    recover_directory(path)
+    if path.exists() and not (path / "config.json").exists():
+        if not path.is_dir() or any(path.iterdir()):
+            raise ConfigError(
+                f"output takes a new folder or a checkpoint to replace, and {path} is neither"
+            )

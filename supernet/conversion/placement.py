@@ -1,0 +1,53 @@
+"""From a supernet to the ordinary model that it is under one placement."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..checkpoint import model_tensors
+from ..config import ConfigError, ModelConfig, validate
+from ..model import SupernetModel
+from .huggingface import model_of, read_json
+
+
+def place(model: SupernetModel, placement: Sequence[str]) -> SupernetModel:
+    """The ordinary model that a supernet is under one placement, as copies of its tensors.
+
+    Its configuration is the supernet's with `placement` set: the mixers that no layer takes stay in
+    the configuration, and have no tensors. Raises ConfigError where the model is no supernet, or
+    the placement does not name one of its mixers for each layer.
+    """
+    if not model.config.is_supernet:
+        raise ConfigError("placement takes a supernet; this model has one mixer in each layer")
+    values = {**model.config.model_dump(), "placement": placement}
+    config = validate(values, ModelConfig)
+    tensors = {}
+    for name, tensor in model_tensors(model).items():
+        gate = model.gate_of(name)
+        if gate is None:
+            tensors[name] = tensor.clone()
+        elif gate[1] == placement[gate[0]]:
+            tensors[name.replace(f".mixers.{gate[1]}.", ".", 1)] = tensor.clone()
+    return model_of(config, tensors)
+
+
+def placement_of_result(path: Path, config: ModelConfig) -> tuple[str, ...]:
+    """The placement that a search result file found for a model of this configuration.
+
+    Files that name no mixers, as Fast-LLM's, number the model's in declared order.
+    """
+    result = read_json(path)
+    try:
+        mixers = result["config"].get("mixers", list(config.mixers))
+        assignments = result["final_configuration"]["layer_assignments"]
+        found = {int(layer): mixers[mixer] for layer, mixer in assignments.items()}
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"placement: {path} has no final_configuration.layer_assignments that gives "
+            f"each layer one of the mixers {list(config.mixers)}"
+        ) from error
+    if sorted(found) != list(range(config.num_layers)):
+        raise ConfigError(
+            f"placement: {path} takes the model's {config.num_layers} layers, "
+            f"got assignments for layers {sorted(found)}"
+        )
+    return tuple(found[layer] for layer in range(config.num_layers))

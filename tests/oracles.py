@@ -1,0 +1,30 @@
+"""mamba-ssm as an oracle. Nowhere else is it imported.
+
+It is installed without its compiled extensions, yet importing it imports one. An empty module
+stands in for that one while mamba-ssm is imported, and is gone again afterwards. mamba-ssm's
+`Mamba` then takes its own slow path, in which its own reference replaces the CUDA scan.
+"""
+
+import sys
+from types import ModuleType
+
+
+def import_without_extensions() -> tuple[ModuleType, ModuleType]:
+    """mamba-ssm's modules of the scan and of `Mamba`."""
+    extension = "selective_scan_cuda"
+    sys.modules[extension] = ModuleType(extension)
+    try:
+        from mamba_ssm.modules import mamba_simple
+        from mamba_ssm.ops import selective_scan_interface
+    finally:
+        del sys.modules[extension]
+    mamba_simple.selective_scan_fn = selective_scan_interface.selective_scan_ref
+    return selective_scan_interface, mamba_simple
+
+
+_scan, _module = import_without_extensions()
+
+selective_scan_ref = _scan.selective_scan_ref
+Mamba = _module.Mamba
+
+__all__ = ["Mamba", "selective_scan_ref"]
