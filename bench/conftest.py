@@ -8,7 +8,6 @@ versions, to bench/results/cpu/.
 
 import json
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -18,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+
+from tossup.autotune.timing import Timing
 
 RACES = pytest.StashKey[list[dict]]()
 FEWEST, MOST, BUDGET = 3, 15, 10.0  # rounds of a race, and the seconds it should take
@@ -30,16 +31,6 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[RACES] = []
-
-
-def shape_id(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def spread(seconds: list[float]) -> float:
-    """Half the distance between the quartiles, as a part of the median."""
-    low, median, high = statistics.quantiles(seconds, n=4)
-    return (high - low) / 2 / median
 
 
 @pytest.fixture
@@ -66,14 +57,14 @@ def race(benchmark, request) -> Callable:
         peer_first()  # the second call of each is warm, and tells how many rounds there is time for
         rounds = max(FEWEST, min(MOST, int(BUDGET / peer_seconds.pop())))
         benchmark.pedantic(ours, setup=peer_first, rounds=rounds)
-        seconds = benchmark.stats.stats.data
+        mine, theirs = Timing.of(benchmark.stats.stats.data), Timing.of(peer_seconds)
         result = {
             "rounds": rounds,
             "name": request.node.name,
-            "ours_ms": statistics.median(seconds) * 1e3,
-            "ours_spread": spread(seconds),
-            "peer_ms": statistics.median(peer_seconds) * 1e3,
-            "peer_spread": spread(peer_seconds),
+            "ours_ms": mine.median * 1e3,
+            "ours_spread": mine.spread,
+            "peer_ms": theirs.median * 1e3,
+            "peer_spread": theirs.spread,
         }
         result["ratio"] = result["peer_ms"] / result["ours_ms"]
         benchmark.extra_info.update(result)

@@ -4,12 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.conftest import shape_id
 from tossup.kernels.causal_conv1d import causal_conv1d
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("shape", [(2, 512, 128, 4), (1, 2048, 1024, 4)], ids=shape_id)
+@pytest.mark.parametrize("shape", [(2, 512, 128, 4), (1, 2048, 1024, 4)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32], ids=str)
 @pytest.mark.parametrize("peer", ["conv1d"])
 def test_causal_conv1d(race, peer, dtype, shape, direction):

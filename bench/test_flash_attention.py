@@ -4,12 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.conftest import shape_id
 from tossup.kernels.flash_attention import flash_attention
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("shape", [(2, 512, 8, 64)], ids=shape_id)
+@pytest.mark.parametrize("shape", [(2, 512, 8, 64)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32], ids=str)
 @pytest.mark.parametrize("peer", ["sdpa"])
 def test_flash_attention(race, peer, dtype, shape, direction):

@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from bench.conftest import shape_id
 from tests.oracles import selective_scan_ref
 from tossup.kernels.selective_scan import selective_scan
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("shape", [(2, 512, 128, 16)], ids=shape_id)
+@pytest.mark.parametrize("shape", [(2, 512, 128, 16)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32], ids=str)
 @pytest.mark.parametrize("peer", ["mamba_ssm"])
 def test_selective_scan(race, peer, dtype, shape, direction):

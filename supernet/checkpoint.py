@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .config import ConfigError, ModelConfig, validate
+from .config import ModelConfig, validate
+from .errors import ConfigError
 from .files import directory_atomically, recover_directory
 from .model import SupernetModel
 from .stochastic import Dispatch

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .config import ConfigError, EvaluationConfig, RunConfig, SearchConfig, load_config, read_values
+from .config import EvaluationConfig, RunConfig, SearchConfig, load_config, read_values
+from .errors import ConfigError
 
 
 def train(path: Path | None, overrides: Sequence[str]) -> None:

@@ -27,14 +27,11 @@ from pydantic import (
 
 from ..kernels.routing import Strategy
 from .data import DataConfig
+from .errors import ConfigError
 from .search.config import SearchConfig
 
 # Fast-LLM's shift for the mixers' generator, so that a seed means the same stream in both.
 SEED_SHIFT = 501974169931277706872159392843
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one sentence per wrong key."""
 
 
 class Config(BaseModel):
@@ -258,6 +255,8 @@ class ModelConfig(Config):
             if not isinstance(self.mixer, StochasticMixerConfig):
                 raise ValueError("placement goes with a mixer of type stochastic")
             check_placement(self.placement, list(self.mixer.mixers), self.num_layers)
+        if isinstance(self.mixer, StochasticMixerConfig):
+            self.mixer.strategy(self.num_layers)  # refuses layouts of another length
         for mixer in self.mixers.values():
             if isinstance(mixer, AttentionConfig) and not mixer.head_dim:
                 if self.hidden_size % mixer.heads:
@@ -269,7 +268,7 @@ class ModelConfig(Config):
 
     @property
     def mixers(self) -> dict[str, Any]:
-        """The choices of a layer by name; a plain mixer is called by its type."""
+        """A layer's choices by name; a plain mixer is called by its type."""
         if isinstance(self.mixer, StochasticMixerConfig):
             return self.mixer.mixers
         return {self.mixer.type: self.mixer}
@@ -316,6 +315,15 @@ class RunConfig(Config):
     data: DataConfig
     training: TrainingConfig
     search: SearchConfig | None = None
+
+    @model_validator(mode="after")
+    def tokens_fit(self) -> "RunConfig":
+        if self.model.vocab_size < self.data.vocab_size:
+            raise ValueError(
+                f"model.vocab_size must hold the data's {self.data.vocab_size} tokens, "
+                f"got {self.model.vocab_size}"
+            )
+        return self
 
 
 class EvaluationConfig(RunConfig):

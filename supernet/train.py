@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from ..kernels.routing import MixerTable
 from .checkpoint import load_tensors, save_model, save_tensors
-from .config import ConfigError, RunConfig, TrainingConfig
+from .config import RunConfig, TrainingConfig
 from .data import build_data
+from .errors import ConfigError
 from .evaluate import evaluate_model
 from .files import directory_atomically, recover_directory, write_atomically
 from .metrics import Mean, accumulate

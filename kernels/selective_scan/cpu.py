@@ -5,9 +5,9 @@ The forward pass keeps the state of every CHUNK-th token. The backward pass take
 to first, replays each from its kept state, and sweeps it in reverse; the recurrence is never
 inverted. Every sum over channels or samples has one order, whatever the number of threads.
 
-Floor: arithmetic. One exponential (12 vector instructions) and 4 more for each channel, token and
-state in the forward pass; the backward pass has that again, and 12 more. What torch does around
-the sweep (softplus, gate, skip) is one pass over u's size each.
+Floor: arithmetic. For each channel, token and state the forward pass needs one exponential, 12
+vector instructions, and 4 more; the backward pass has those again, 9 more, and two sums over the
+lanes. What torch does around the sweep (softplus, gate, skip) is a few passes over u's size.
 """
 
 import functools

@@ -19,7 +19,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from ..checkpoint import FORMAT, read_checkpoint, save_model
-from ..config import Config, ConfigError
+from ..config import Config
+from ..errors import ConfigError
 from ..files import directory_atomically, recover_directory
 from ..model import SupernetModel
 from ..stochastic import Dispatch

@@ -7,7 +7,8 @@ that repeats, and both are read. Its other blocks (m2d, gdn, kl, swa, i) have no
 
 from typing import Any
 
-from ..config import ConfigError, ModelConfig, validate
+from ..config import ModelConfig, validate
+from ..errors import ConfigError
 from .format import (
     Format,
     Settings,

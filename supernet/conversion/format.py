@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import AttentionConfig, ConfigError, MambaConfig, ModelConfig
+from ..config import AttentionConfig, MambaConfig, ModelConfig
+from ..errors import ConfigError
 from ..model import SupernetModel
 
 Settings = dict[str, Any]  # what a config.json holds

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..checkpoint import model_tensors, save_tensors
-from ..config import ConfigError, ModelConfig
+from ..config import ModelConfig
+from ..errors import ConfigError
 from ..model import SupernetModel
 from ..stochastic import Dispatch
 from .format import Format, Settings

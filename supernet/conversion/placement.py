@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..checkpoint import model_tensors
-from ..config import ConfigError, ModelConfig, validate
+from ..config import ModelConfig, validate
+from ..errors import ConfigError
 from ..model import SupernetModel
 from .huggingface import model_of, read_json
 

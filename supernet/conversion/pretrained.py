@@ -3,7 +3,8 @@
 import torch
 
 from ..checkpoint import model_tensors
-from ..config import ConfigError, ModelConfig, StochasticMixerConfig
+from ..config import ModelConfig, StochasticMixerConfig
+from ..errors import ConfigError
 from ..model import SupernetModel
 from .format import filled, layer_mixers
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..errors import ConfigError
 from .dataset import Dataset, Stream
 
 STDLIB = "python-stdlib"
@@ -36,13 +37,17 @@ class TextConfig(BaseModel):
     held_out: float = Field(default=0.1, gt=0, lt=1)
     max_bytes: int = Field(default=2**26, ge=1)
 
+    @property
+    def vocab_size(self) -> int:
+        """One token per value of a byte."""
+        return 256
+
 
 class Text(Dataset):
     """Windows of `length` bytes and, as labels, the bytes that follow each; see TextConfig.
 
     Every window of every file is equally likely. A file of `length` bytes or fewer has none.
-    Raises FileNotFoundError where a path has no files, and ValueError where either part of the
-    split has no window.
+    Raises ConfigError where a path has no files, or either part of the split has no window.
     """
 
     vocab_size = 256
@@ -76,8 +81,8 @@ class _Windows:
         sizes = np.array([len(content) for content in files], dtype=np.int64)
         counts = np.maximum(sizes - length, 0)
         if not counts.sum():
-            raise ValueError(
-                f"no {name} file is longer than length = {length} bytes "
+            raise ConfigError(
+                f"data.paths: no {name} file is longer than length = {length} bytes "
                 f"({len(files)} {name} files); give more or longer files in paths"
             )
         self._bytes = np.frombuffer(b"".join(files), dtype=np.uint8)
@@ -104,8 +109,8 @@ def _load(config: TextConfig) -> list[bytes]:
     for path in config.paths:
         found = dict(_find(path, config.suffixes))
         if not found:
-            raise FileNotFoundError(
-                f"paths: {path!r} has no files; it takes a file, a glob, {STDLIB!r}, or a "
+            raise ConfigError(
+                f"data.paths: {path!r} has no files; it takes a file, a glob, {STDLIB!r}, or a "
                 f"directory with files that end in one of {list(config.suffixes)}"
             )
         names = found | names  # a file found twice keeps its first name

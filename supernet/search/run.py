@@ -8,9 +8,10 @@ from typing import Any
 from tqdm import tqdm
 
 from ..checkpoint import read_checkpoint
-from ..config import ConfigError, RunConfig, SearchConfig, StochasticMixerConfig
+from ..config import RunConfig, SearchConfig, StochasticMixerConfig
 from ..conversion import save_checkpoint
 from ..data import build_data
+from ..errors import ConfigError
 from ..evaluate import evaluate_placements
 from ..train import latest_checkpoint
 from . import search

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from tossup.kernels.routing import Strategy
-from tossup.supernet.config import ConfigError, RunConfig, StochasticMixerConfig, load_config
+from tossup.supernet.config import RunConfig, StochasticMixerConfig, load_config
+from tossup.supernet.errors import ConfigError
 
 MIXERS = {
     "attention": {"type": "attention", "heads": 4},
@@ -186,6 +187,17 @@ def test_overrides_are_yaml_values_at_dotted_keys(tmp_path):
         ({"training__steps": 0}, "training.steps: .* greater than 0, got 0"),
         ({"training__stepz": 1}, "training.stepz: is not a known key, got 1"),
         ({"data__type": "web"}, "data: .*'web'"),
+        (
+            {"data__vocab_size": 65},
+            "the configuration: model.vocab_size must hold the data's 65 tokens, got 64",
+        ),
+        (
+            {
+                "model__mixer__predefined_layouts": [["mamba"]],
+                "model__mixer__predefined_layout_probabilities": [0.5],
+            },
+            "model: predefined_layouts takes .* each of the 2 layers, got a layout of 1",
+        ),
     ],
 )
 def test_invalid_values_get_one_sentence(tmp_path, changes, sentence):

@@ -15,7 +15,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from tossup.supernet import conversion
 from tossup.supernet.checkpoint import model_tensors
-from tossup.supernet.config import ConfigError, ModelConfig, load_config
+from tossup.supernet.config import ModelConfig, load_config
 from tossup.supernet.conversion import (
     ConvertConfig,
     convert,
@@ -24,6 +24,7 @@ from tossup.supernet.conversion import (
     place,
     save_checkpoint,
 )
+from tossup.supernet.errors import ConfigError
 from tossup.supernet.model import SupernetModel
 
 DATA = Path(__file__).parents[1] / "data"

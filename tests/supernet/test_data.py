@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from scipy import stats
 
 from tossup.supernet.data import IGNORED, DataConfig, MQARConfig, TextConfig, accuracy, build_data
+from tossup.supernet.errors import ConfigError
 
 SMALL = MQARConfig(vocab_size=12, length=16, pairs=2, random_non_queries=False)
 
@@ -219,13 +220,13 @@ def test_fingerprints_follow_everything_that_defines_the_data(corpus):
 
 def test_text_without_files(tmp_path):
     for path in (tmp_path, tmp_path / "missing", tmp_path / "*.txt"):
-        with pytest.raises(FileNotFoundError, match="has no files; it takes a file, a glob"):
+        with pytest.raises(ConfigError, match="has no files; it takes a file, a glob"):
             build_data(text(path), 0)
     (tmp_path / "only.txt").write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match=r"no training file is longer .* \(0 training files\)"):
+    with pytest.raises(ConfigError, match=r"no training file is longer .* \(0 training files\)"):
         build_data(text(tmp_path), 0)
     (tmp_path / "other.txt").write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match="no evaluation file is longer than length = 100 bytes"):
+    with pytest.raises(ConfigError, match="no evaluation file is longer than length = 100 bytes"):
         build_data(text(tmp_path, length=100), 0)
 
 

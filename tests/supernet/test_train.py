@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from tests.supernet.tiny import run_config, run_values
 from tossup.supernet.checkpoint import read_checkpoint
-from tossup.supernet.config import ConfigError, RunConfig
+from tossup.supernet.config import RunConfig
 from tossup.supernet.data import build_data
+from tossup.supernet.errors import ConfigError
 from tossup.supernet.model import SupernetModel
 from tossup.supernet.train import Trainer, latest_checkpoint, learning_rate, train
 
