@@ -1,4 +1,4 @@
-"""Write the newest recorded results into the README between its markers: `python bench/table.py`."""
+"""Write the newest recorded results between the README's markers: `python bench/table.py`."""
 
 import json
 from pathlib import Path

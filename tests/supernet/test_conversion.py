@@ -35,15 +35,6 @@ MAMBA = {"type": "mamba", "d_inner": 32, "d_xb": 16, "state_size": 8}
 TOKENS = torch.randint(0, 37, (2, 21), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small run faster on one thread, many times so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def supernet(mixers=None, layers=3, **kwargs) -> SupernetModel:
     """A small supernet, every parameter moved off its initial value, so that a lost one shows."""
     mixers = mixers or {"attention": ATTENTION, "mamba": MAMBA}

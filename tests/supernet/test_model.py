@@ -88,6 +88,7 @@ def test_packed_sequences_are_those_sequences_alone():
         {},
         {"sampling_strategy": "weighted", "sampling_weights": {"attention": 3, "mamba": 1}},
         {"sampling_strategy": "full_layout"},
+        {"sampling_strategy": "sandwich"},
         {
             "predefined_layouts": [["mamba", "mamba", "attention"], ["attention"] * 3],
             "predefined_layout_probabilities": [0.5, 0.125],
@@ -108,6 +109,8 @@ def test_expected_flops_are_the_mean_over_all_tables(mixer):
         if kind == "full_layout":  # four allocations of 3 layers; each arrangement alike
             count = placement.count("mamba")
             probability = 1 / 4 / sum(p.count("mamba") == count for p in placements)
+        elif kind == "sandwich":  # a third each: all main, all cheapest (mamba), any
+            probability = (len(set(placement)) == 1) / 3 + 1 / 8 / 3
         else:
             probability = 1.0
             for name in placement:
