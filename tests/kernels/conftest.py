@@ -1,6 +1,11 @@
 import pytest
 import torch
 
+# torch lists the functions that a device context redirects once, when it first needs them: before
+# one of them is poisoned, lest the list keep the poisoned one.
+with torch.device("cpu"):
+    torch.empty(0)
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
