@@ -17,14 +17,17 @@ def resolve_impl(impl: Impl, device: torch.device) -> Backend:
 
     `auto` is what `TOSSUP_IMPL` says, else Triton on CUDA and the CPU backend elsewhere. An
     explicit choice is returned as it is: it runs or raises, and never falls back.
+    Raises ValueError where the argument or the variable names no implementation.
     """
-    chosen: str = impl
+    source, chosen = "impl", str(impl)
     if chosen == "auto":
-        chosen = os.environ.get("TOSSUP_IMPL") or ("triton" if device.type == "cuda" else "cpu")
+        source, chosen = "TOSSUP_IMPL", os.environ.get("TOSSUP_IMPL") or "auto"
+    if chosen == "auto":
+        return "triton" if device.type == "cuda" else "cpu"
     for backend in get_args(Backend):
         if chosen == backend:
             return backend
-    raise ValueError(f"impl must be auto, triton, cpu or reference, got {chosen!r}")
+    raise ValueError(f"{source} must be auto, triton, cpu or reference, got {chosen!r}")
 
 
 def load_backend(package: str, impl: str) -> ModuleType:

@@ -5,6 +5,7 @@ rename, which POSIX makes atomic. The temporary name is fixed, so the next attem
 a killed one left; a path has one writer at a time.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -64,6 +65,18 @@ def recover_directory(path: Path | str) -> None:
     else:
         os.rename(previous, path)
         sync(path.parent)
+
+
+@contextmanager
+def exclusive(folder: Path | str) -> Iterator[None]:
+    """Keep other processes out of a folder; BlockingIOError where one is inside.
+
+    The lock dies with its process, however that ends.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder, ".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 def sync(path: Path) -> None:

@@ -24,7 +24,7 @@ from .config import RunConfig, TrainingConfig
 from .data import build_data
 from .errors import ConfigError
 from .evaluate import evaluate_model
-from .files import directory_atomically, recover_directory, write_atomically
+from .files import directory_atomically, exclusive, recover_directory, write_atomically
 from .metrics import Mean, accumulate
 from .model import SupernetModel, language_model_losses
 from .optimizer import GatedAdamW, clip_grad_norm
@@ -37,12 +37,17 @@ CHANGEABLE |= {"keep_checkpoints"}
 def train(config: RunConfig) -> Path:
     """Train, or go on training, and return the folder of the last checkpoint.
 
-    Raises ConfigError where the output folder holds a run of another configuration.
+    Raises ConfigError where the output folder holds a run of another configuration, or another
+    process is training there.
     """
-    claim_folder(config)
-    trainer = Trainer(config)
-    trainer.resume()
-    trainer.run()
+    try:
+        with exclusive(config.output):
+            claim_folder(config)
+            trainer = Trainer(config)
+            trainer.resume()
+            trainer.run()
+    except BlockingIOError as error:
+        raise ConfigError(f"output: another process is training in {config.output}") from error
     return latest_checkpoint(config.output)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Impl, resolve_impl
-from ..routing import Route, put, take
+from ..routing import Route, put, take, tensors_of
 from .reference import causal_conv1d_reference
 
 __all__ = ["causal_conv1d"]
@@ -55,9 +55,8 @@ def causal_conv1d(
     else:
         from .ops import causal_conv1d_op
 
-        count, samples = (route.count, route.samples) if route is not None else (None, None)
         out, final_state = causal_conv1d_op(
-            x, weight, bias, initial_state, seq_idx, count, samples, activation, chosen
+            x, weight, bias, initial_state, seq_idx, *tensors_of(route), activation, chosen
         )
     return (out, final_state) if return_final_state else out
 
@@ -87,6 +86,9 @@ def check(
     ):
         if optional is not None and optional.shape != shape:
             raise ValueError(f"{name} must be of shape {shape}, got {tuple(optional.shape)}")
+    for name, optional in (("weight", weight), ("bias", bias), ("initial_state", initial_state)):
+        if optional is not None and not optional.is_floating_point():
+            raise ValueError(f"{name} must be floating, got {optional.dtype}")
     if seq_idx is not None and (seq_idx.is_floating_point() or seq_idx.dtype == torch.bool):
         raise ValueError(f"seq_idx must hold integers, got {seq_idx.dtype}")
     if activation not in (None, "silu"):

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..routing import rows_of
+from ..precision import wide
+from ..routing import place, rows_of
 
 
 def operands(x, weight, initial_state, seq_idx, rows):
@@ -18,13 +19,12 @@ def operands(x, weight, initial_state, seq_idx, rows):
     The last is a list with a mask (batch, seqlen, 1) for each tap, and one more (batch, width - 1,
     1) for the final state: true where the input is of another sequence. None without seq_idx.
     """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     batch, seqlen, dim = x[rows].shape
     width = weight.shape[1]
-    inputs = x.new_empty((batch, width - 1 + seqlen, dim), dtype=wide)
+    inputs = x.new_empty((batch, width - 1 + seqlen, dim), dtype=wide(x.dtype))
     inputs[:, : width - 1] = 0.0 if initial_state is None else initial_state[rows]
     inputs[:, width - 1 :] = x[rows]
-    taps = weight.to(wide).T.contiguous()
+    taps = weight.to(inputs.dtype).T.contiguous()
     if seq_idx is None:
         return inputs, taps, None
     sequence = torch.zeros(batch, width - 1 + seqlen, dtype=torch.int64)
@@ -43,15 +43,6 @@ def convolve(inputs: Tensor, taps: Tensor, bias: Tensor | None, foreign: list[Te
     return out if bias is None else out.add_(bias.to(out.dtype))
 
 
-def place(rows: Tensor | slice, values: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
-    """The active samples' values as rows of the whole batch, the other rows unwritten."""
-    if isinstance(rows, slice):
-        return values.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    out = values.new_empty((batch, *values.shape[1:]), dtype=dtype)
-    out[rows] = values.to(dtype)
-    return out
-
-
 def forward(x, weight, bias, initial_state, seq_idx, count, samples, activation):
     rows = rows_of(count, samples)
     inputs, taps, foreign = operands(x, weight, initial_state, seq_idx, rows)
@@ -61,7 +52,10 @@ def forward(x, weight, bias, initial_state, seq_idx, count, samples, activation)
     final_state = inputs[:, x.shape[1] :]
     if foreign is not None:
         final_state = final_state.masked_fill(foreign[-1], 0.0)
-    return place(rows, out, len(x), x.dtype), place(rows, final_state, len(x), x.dtype)
+    return (
+        place(rows, out, len(x), x.dtype),
+        place(rows, final_state, len(x), x.dtype, copy=True),
+    )
 
 
 def backward(
@@ -85,9 +79,9 @@ def backward(
     past = len(taps) - 1
     dinitial_state = None
     if initial_state is not None:
-        dinitial_state = place(rows, dinputs[:, :past], len(x), initial_state.dtype)
+        dinitial_state = place(rows, dinputs[:, :past], len(x), initial_state.dtype, copy=True)
     return (
-        place(rows, dinputs[:, past:], len(x), x.dtype),
+        place(rows, dinputs[:, past:], len(x), x.dtype, copy=True),
         dtaps.T.contiguous().to(weight.dtype),
         None if bias is None else dy.sum((0, 1)).to(bias.dtype),
         dinitial_state,

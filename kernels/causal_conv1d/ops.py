@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backend import load_backend
+from ..routing import snapshot
 
 
 @torch.library.custom_op("tossup::causal_conv1d", mutates_args=())
@@ -57,11 +58,7 @@ def _(dout, dfinal_state, x, weight, bias, initial_state, *others):
 
 def save_for_backward(ctx, inputs, output):
     *tensors, count, samples, activation, impl = inputs
-    if (
-        count is not None
-    ):  # the route as it was in forward: the live table moves on to the next step
-        count, samples = count.clone(), samples.clone()
-    ctx.save_for_backward(*tensors, count, samples)
+    ctx.save_for_backward(*tensors, *snapshot(count, samples))
     ctx.activation, ctx.impl = activation, impl
     ctx.set_materialize_grads(False)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Impl, resolve_impl
-from ..routing import Route
+from ..routing import Route, tensors_of
 from .reference import flash_attention_reference
 
 __all__ = ["flash_attention"]
@@ -78,9 +78,8 @@ def flash_attention(
     else:
         from .ops import flash_attention_op
 
-        count, samples = (route.count, route.samples) if route is not None else (None, None)
         out, lse = flash_attention_op(
-            q, k, v, left, right, scale, cu_seqlens_q, cu_seqlens_k, count, samples, impl
+            q, k, v, left, right, scale, cu_seqlens_q, cu_seqlens_k, *tensors_of(route), impl
         )
     return (out, lse) if return_lse else out
 
@@ -100,6 +99,8 @@ def check_tensors(
                 "q, k and v must share one dtype of float16, bfloat16, float32 and float64,"
                 f" got {tensor.dtype} for {name} and {q.dtype} for q"
             )
+    if q.shape[-1] == 0:
+        raise ValueError(f"q must have a head_dim of at least 1, got {tuple(q.shape)}")
     if k.shape != v.shape:
         raise ValueError(
             f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}"

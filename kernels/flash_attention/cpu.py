@@ -1,9 +1,9 @@
 """CPU backend: torch's own flash attention kernels, called on the active samples only.
 
-They know one mask by name, the causal one of equally many queries and keys, and take any other as
-a matrix to add. They are not called with a query that sees no key, for which they give a
-log-sum-exp of 0, nor with an empty sequence, on which they divide by zero. Queries without a key
-are the first ones, and to leave them out moves no bottom-right aligned mask.
+They group heads as this op does. They know one mask by name, the causal one of equally many queries
+and keys, and take any other as a matrix to add. They are not called with a query that sees no key,
+for which they give a log-sum-exp of 0, nor with an empty sequence, on which they divide by zero.
+Queries without a key are the first ones, and to leave them out moves no bottom-right aligned mask.
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..precision import wide
 from ..routing import rows_of
-from .reference import lse_dtype, sequences
+from .reference import sequences
 
 aten = torch.ops.aten
 Index = tuple[Tensor | slice, ...]
@@ -36,7 +37,7 @@ def forward(
         return out, lse.transpose(-1, -2)
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(q.shape[:-1], dtype=lse_dtype(q))
+    lse = q.new_empty(q.shape[:-1], dtype=wide(q.dtype))
     outs, lses, q, k, v = batched(out, lse, q, k, v, packed=cu_seqlens_q is not None)
     for of_q, of_k in parts(q, k, cu_seqlens_q, cu_seqlens_k, count, samples):
         outs[of_q], lses[of_q] = attend(q[of_q], k[of_k], v[of_k], left, right, scale)
@@ -114,15 +115,15 @@ def attend(
     blind = blind_queries(q, k, right)
     if blind or q.numel() == 0:
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        lse = q.new_full(q.shape[:-1], float("-inf"), dtype=lse_dtype(q))
+        lse = q.new_full(q.shape[:-1], float("-inf"), dtype=wide(q.dtype))
         if blind < q.shape[1] and q.numel():
             out[:, blind:], lse[:, blind:] = attend(q[:, blind:], k, v, left, right, scale)
         return out, lse
 
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         heads_first(q),
-        each_query_head(k, q.shape[2]),
-        each_query_head(v, q.shape[2]),
+        heads_first(k),
+        heads_first(v),
         **visible(q, k, left, right),
         scale=scale,
     )
@@ -151,7 +152,7 @@ def attend_backward(
         dout, q, out, lse = (x[:, blind:] for x in (dout, q, out, lse))
         dlse = None if dlse is None else dlse[:, blind:]
 
-    heads, head_dim, kv_heads = *q.shape[2:], k.shape[2]
+    head_dim = q.shape[-1]
     options = visible(q, k, left, right)
     if dlse is not None:
         # The kernel takes Δ = Σ dO O from its inputs. One more channel, in which dO is 1, O is -dL
@@ -163,8 +164,8 @@ def attend_backward(
     grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         heads_first(dout),
         heads_first(q),
-        each_query_head(k, heads),
-        each_query_head(v, heads),
+        heads_first(k),
+        heads_first(v),
         heads_first(out),
         lse.transpose(1, 2),
         dropout_p=0.0,
@@ -172,8 +173,6 @@ def attend_backward(
         scale=scale,
     )
     dq, dk, dv = (x.transpose(1, 2)[..., :head_dim] for x in grads)
-    if kv_heads < heads:
-        dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))
     if blind:
         dq = F.pad(dq, (0, 0, 0, 0, blind, 0))
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
@@ -208,10 +207,3 @@ def visible(q: Tensor, k: Tensor, left: int, right: int) -> dict[str, bool | Ten
 def heads_first(x: Tensor) -> Tensor:
     """(batch, seqlen, heads, head_dim) as the kernels want it: heads second, channels dense."""
     return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
-
-
-def each_query_head(x: Tensor, heads: int) -> Tensor:
-    """k or v, heads first, with each head repeated for its group; a view for one head or groups
-    of one."""
-    x, group = heads_first(x), heads // x.shape[2]
-    return x if group == 1 else x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..backend import load_backend
-from .reference import lse_dtype
+from ..precision import wide
+from ..routing import snapshot
 
 
 @torch.library.custom_op("tossup::flash_attention", mutates_args=())
@@ -28,7 +29,7 @@ def flash_attention_op(
 
 @flash_attention_op.register_fake
 def _(q, k, v, left, right, scale, cu_seqlens_q, cu_seqlens_k, count, samples, impl):
-    lse = q.new_empty(q.shape[:-1], dtype=lse_dtype(q))
+    lse = q.new_empty(q.shape[:-1], dtype=wide(q.dtype))
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse.transpose(-1, -2)
 
 
@@ -64,9 +65,8 @@ def _(dout, dlse, q, k, v, out, lse, left, right, scale, cu_q, cu_k, count, samp
 
 def save_for_backward(ctx, inputs, output):
     q, k, v, left, right, scale, cu_seqlens_q, cu_seqlens_k, count, samples, impl = inputs
-    if count is not None:  # the route as it was in forward: the live table moves on
-        count, samples = count.clone(), samples.clone()
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, count, samples)
+    route = snapshot(count, samples)
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, *route)
     ctx.options = left, right, scale, impl
     ctx.set_materialize_grads(False)  # nobody who ignores lse pays for its gradient
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..precision import wide
 from ..routing import Route, put, rows_of, take
 
 
@@ -30,7 +31,7 @@ def flash_attention_reference(
 
     rows = slice(None) if route is None else rows_of(route.count, route.samples)
     out = torch.full_like(q, float("nan"))
-    lse = q.new_full((q.shape[1], q.shape[0]), float("nan"), dtype=lse_dtype(q))
+    lse = q.new_full((q.shape[1], q.shape[0]), float("nan"), dtype=wide(q.dtype))
     nothing = slice(0, 0), slice(0, 0)  # ties the results to the inputs where none is chosen
     for of_q, of_k in [nothing, *sequences(q, k, cu_seqlens_q, cu_seqlens_k, rows)]:
         one_out, one_lse = attend(q[None, of_q], k[None, of_k], v[None, of_k], left, right, scale)
@@ -45,7 +46,7 @@ def attend(
     """(batch, seqlen, heads, head_dim) -> the same, and (batch, heads, seqlen)."""
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
-    scores = torch.einsum("bihd,bjhd->bhij", q, k).to(lse_dtype(q)) * scale
+    scores = torch.einsum("bihd,bjhd->bhij", q, k).to(wide(q.dtype)) * scale
     key = torch.arange(k.shape[1], device=q.device)
     own = torch.arange(q.shape[1], device=q.device).unsqueeze(-1) + k.shape[1] - q.shape[1]
     if left >= 0:
@@ -55,10 +56,6 @@ def attend(
     lse = scores.logsumexp(-1)
     weights = (scores - lse.masked_fill(lse.isneginf(), 0).unsqueeze(-1)).exp()
     return torch.einsum("bhij,bjhd->bihd", weights.to(v.dtype), v), lse
-
-
-def lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.promote_types(q.dtype, torch.float32)
 
 
 def sequences(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Impl, resolve_impl
-from ..routing import Route
+from ..routing import Route, tensors_of
 from .reference import rotary_reference
 
 __all__ = ["rotary", "rotary_angles"]
@@ -62,8 +62,7 @@ def rotary(
         return rotary_reference(x, cos, sin, interleaved, route)
     from .ops import rotary_op
 
-    count, samples = (route.count, route.samples) if route is not None else (None, None)
-    return rotary_op(x, cos, sin, interleaved, count, samples, impl)
+    return rotary_op(x, cos, sin, interleaved, *tensors_of(route), impl)
 
 
 def check_tensors(x: Tensor, cos: Tensor, sin: Tensor) -> None:

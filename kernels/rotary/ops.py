@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backend import load_backend
+from ..routing import snapshot
 
 
 @torch.library.custom_op("tossup::rotary", mutates_args=())
@@ -26,9 +27,7 @@ def _(x, cos, sin, interleaved, count, samples, impl):
 
 def save_for_backward(ctx, inputs, output):
     _, cos, sin, interleaved, count, samples, impl = inputs
-    if count is not None:  # the route as it was in forward: the live table moves on
-        count, samples = count.clone(), samples.clone()
-    ctx.save_for_backward(cos, sin, count, samples)
+    ctx.save_for_backward(cos, sin, *snapshot(count, samples))
     ctx.options = interleaved, impl
 
 

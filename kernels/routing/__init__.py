@@ -27,11 +27,23 @@ import torch
 from torch import Tensor
 
 from ..backend import Impl, load_backend, resolve_impl
-from .route import Route, put, rows_of, take
+from .route import Route, place, put, rows_of, snapshot, take, tensors_of
 from .strategy import Kind, Strategy
 from .table import MixerTable
 
-__all__ = ["Kind", "MixerTable", "Route", "Strategy", "draw", "put", "rows_of", "take"]
+__all__ = [
+    "Kind",
+    "MixerTable",
+    "Route",
+    "Strategy",
+    "draw",
+    "place",
+    "put",
+    "rows_of",
+    "snapshot",
+    "take",
+    "tensors_of",
+]
 
 
 def draw(

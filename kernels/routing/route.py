@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -25,6 +26,16 @@ def rows_of(count: Tensor | None, samples: Tensor | None) -> Tensor | slice:
     return samples[: int(count)].long()
 
 
+def tensors_of(route: Route | None) -> tuple[Tensor | None, Tensor | None]:
+    """The route as a torch.library op takes it: count and samples, or None and None."""
+    return (None, None) if route is None else (route.count, route.samples)
+
+
+def snapshot(count: Tensor | None, samples: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The route as it is now. A backward needs it, as the live table moves on to the next step."""
+    return (None, None) if count is None or samples is None else (count.clone(), samples.clone())
+
+
 def take(route: Route | None, tensor: Tensor) -> Tensor:
     """The route's samples of a (batch, …) tensor; all of them where there is no route."""
     return tensor if route is None else tensor[rows_of(route.count, route.samples)]
@@ -36,3 +47,18 @@ def put(route: Route | None, rows: Tensor, batch: int) -> Tensor:
         return rows
     out = rows.new_full((batch, *rows.shape[1:]), float("nan"))
     return out.index_copy(0, route.samples[: int(route.count)].long(), rows)
+
+
+def place(
+    rows: Tensor | slice, values: Tensor, batch: int, dtype: torch.dtype, *, copy: bool = False
+) -> Tensor:
+    """The active samples' values as rows of a contiguous (batch, …) tensor, the others unwritten.
+
+    rows: from `rows_of`.
+    copy: the values are a view into what nobody else shall keep alive.
+    """
+    if isinstance(rows, slice):
+        return values.to(dtype, copy=copy, memory_format=torch.contiguous_format).contiguous()
+    out = values.new_empty((batch, *values.shape[1:]), dtype=dtype)
+    out[rows] = values.to(dtype)
+    return out

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Impl, resolve_impl
-from ..routing import Route, put, take
+from ..routing import Route, put, take, tensors_of
 from .reference import selective_scan_reference
 
 __all__ = ["selective_scan"]
@@ -47,7 +47,7 @@ def selective_scan(
     z: (batch, seqlen, dim), the gate. None leaves the output ungated.
     delta_bias: (dim,), added to delta before the softplus.
     delta_softplus: pass delta through softplus, which is the identity above 20.
-    initial_state: (batch, dim, state), float32 (float64 where u is). None is zero.
+    initial_state: (batch, dim, state), the state before the first token. None is zero.
     seq_idx: (batch, seqlen), int32, the packed sequence that each token belongs to. The state is
         set to zero wherever it changes; the initial state belongs to the first sequence.
     return_final_state: also return the state after the last token.
@@ -55,9 +55,9 @@ def selective_scan(
         gradients with a batch, and add nothing to the gradients of A, D and delta_bias. None is
         all samples.
 
-    Returns out, like u, or (out, final_state) with final_state like initial_state. All floating
+    Returns out, like u, or (out, final_state) with final_state (batch, dim, state). All floating
     inputs may differ in dtype, and have gradients, which flow from the final state too. Arithmetic
-    and states are in float32, or in float64 where u is float64. Deterministic, forward and
+    and the final state are in float32, or in float64 where u is float64. Deterministic, forward and
     backward. Tensors of any strides are taken as they are.
     Raises ValueError where a shape or a dtype is not as above.
     """
@@ -74,9 +74,8 @@ def selective_scan(
     else:
         from .ops import selective_scan_op
 
-        count, samples = (route.count, route.samples) if route is not None else (None, None)
         out, final_state, _ = selective_scan_op(
-            u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples,
+            u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, *tensors_of(route),
             delta_softplus, chosen,
         )  # fmt: skip
     return (out, final_state) if return_final_state else out
@@ -94,9 +93,9 @@ def check(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
 ) -> None:
-    if u.ndim != 3 or u.shape[1] == 0 or not u.is_floating_point():
+    if u.ndim != 3 or 0 in u.shape[1:] or not u.is_floating_point():
         raise ValueError(
-            "u must be (batch, seqlen, dim), floating, with at least one token, "
+            "u must be (batch, seqlen, dim), floating, with at least one token and one channel, "
             f"got {tuple(u.shape)} of {u.dtype}"
         )
     batch, seqlen, dim = u.shape
@@ -122,5 +121,16 @@ def check(
     ):
         if optional is not None and optional.shape != shape:
             raise ValueError(f"{name} must be of shape {shape}, got {tuple(optional.shape)}")
+    for name, optional in (
+        ("delta", delta),
+        ("B", B),
+        ("C", C),
+        ("D", D),
+        ("z", z),
+        ("delta_bias", delta_bias),
+        ("initial_state", initial_state),
+    ):
+        if optional is not None and not optional.is_floating_point():
+            raise ValueError(f"{name} must be floating, got {optional.dtype}")
     if seq_idx is not None and (seq_idx.is_floating_point() or seq_idx.dtype == torch.bool):
         raise ValueError(f"seq_idx must hold integers, got {seq_idx.dtype}")

@@ -13,6 +13,7 @@ lanes. What torch does around the sweep (softplus, gate, skip) is a few passes o
 import functools
 import math
 import os
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,12 +24,13 @@ import torch.nn.functional as F
 from numba.extending import overload
 from torch import Tensor
 
-from ..routing import rows_of
+from ..precision import wide
+from ..routing import place, rows_of
 from .lanes import LANES, load, multiply, multiply_add, splat, store, total
-from .ops import CHUNK, wide
+from .ops import CHUNK
 
 # Contraction into fused multiply-adds is the one liberty taken: NaN and infinities stay as they are
-COMPILE = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
+COMPILE = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -208,7 +210,10 @@ def backward_sweep(
 
 @functools.cache
 def compiled(sweep: Callable, dtype: np.dtype) -> Callable:
-    """`sweep` for one dtype and arrays of any strides: one signature, compiled and cached once."""
+    """`sweep` for one dtype and arrays of any strides: one signature, compiled and cached once.
+
+    Where numba may write to no folder, every process compiles anew, and is warned.
+    """
     real = numba.from_dtype(dtype)
 
     def strided(ndim: int, item: numba.types.Type = real) -> numba.types.Array:
@@ -220,7 +225,18 @@ def compiled(sweep: Callable, dtype: np.dtype) -> Callable:
     else:
         arrays = [strided(3), *inputs, *(strided(n) for n in (4, 3, 3, 3, 3, 3, 4, 4))]
     signature = numba.void(strided(1, numba.int64), numba.int64, *arrays)
-    return numba.njit(signature, **COMPILE)(sweep)
+    kernel = numba.njit(**COMPILE)(sweep)
+    try:
+        kernel.enable_caching()
+    except RuntimeError as error:
+        warnings.warn(
+            f"selective_scan is compiled anew in every process: {error}; set NUMBA_CACHE_DIR to a"
+            " folder that can be written",
+            stacklevel=2,
+        )
+    kernel.compile(signature)
+    kernel.disable_compile()  # arrays of another kind are an error, not one more signature
+    return kernel
 
 
 @functools.cache
@@ -263,16 +279,6 @@ def partition(dim: int, B: Tensor, C: Tensor) -> tuple[int, int]:
     """The number of consecutive channels that share both B and C, and the blocks of a sample."""
     run = math.gcd(dim // B.shape[2], dim // C.shape[2])
     return run, dim // run * math.ceil(run / LANES)
-
-
-def place(rows: Tensor | slice, values: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
-    """The active samples' values as rows of the whole batch, the other rows unwritten."""
-    values = values.to(dtype)
-    if isinstance(rows, slice):
-        return values
-    out = values.new_empty((batch, *values.shape[1:]))
-    out[rows] = values
-    return out
 
 
 def forward(

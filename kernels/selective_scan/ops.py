@@ -4,13 +4,12 @@ import torch
 from torch import Tensor
 
 from ..backend import load_backend
+from ..precision import wide
+from ..routing import snapshot
 
-CHUNK = 16  # tokens between the states that forward keeps for backward
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of states and arithmetic for inputs of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+# Tokens between the states that forward keeps for backward. The sweeps in cpu.py are compiled with
+# it, and numba's cache follows that file alone: touch it after a change here.
+CHUNK = 16
 
 
 @torch.library.custom_op("tossup::selective_scan", mutates_args=())
@@ -83,11 +82,7 @@ def _(dout, dfinal_state, kept, *inputs):
 
 def save_for_backward(ctx, inputs, output):
     *tensors, count, samples, delta_softplus, impl = inputs
-    if (
-        count is not None
-    ):  # the route as it was in forward: the live table moves on to the next step
-        count, samples = count.clone(), samples.clone()
-    ctx.save_for_backward(output[2], *tensors, count, samples)
+    ctx.save_for_backward(output[2], *tensors, *snapshot(count, samples))
     ctx.delta_softplus, ctx.impl = delta_softplus, impl
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)

@@ -2,6 +2,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..precision import wide
+
 
 def selective_scan_reference(
     u: Tensor,
@@ -20,16 +22,16 @@ def selective_scan_reference(
 
     Arithmetic in float32, or in float64 where u is float64, which makes an oracle. Knows no routes.
     """
-    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+    real = wide(u.dtype)
     batch, seqlen, dim = u.shape
-    x, A = u.to(wide), A.to(wide)
-    delta = delta.to(wide) if delta_bias is None else delta.to(wide) + delta_bias.to(wide)
+    x, A = u.to(real), A.to(real)
+    delta = delta.to(real) if delta_bias is None else delta.to(real) + delta_bias.to(real)
     if delta_softplus:
         delta = F.softplus(delta)
-    B = B.to(wide).repeat_interleave(dim // B.shape[2], 2)  # (batch, seqlen, dim, state)
-    C = C.to(wide).repeat_interleave(dim // C.shape[2], 2)
+    B = B.to(real).repeat_interleave(dim // B.shape[2], 2)  # (batch, seqlen, dim, state)
+    C = C.to(real).repeat_interleave(dim // C.shape[2], 2)
 
-    state = x.new_zeros(batch, *A.shape) if initial_state is None else initial_state.to(wide)
+    state = x.new_zeros(batch, *A.shape) if initial_state is None else initial_state.to(real)
     outs = []
     for t in range(seqlen):
         if seq_idx is not None and t > 0:
@@ -41,7 +43,7 @@ def selective_scan_reference(
 
     out = torch.stack(outs, 1)
     if D is not None:
-        out = out + D.to(wide) * x
+        out = out + D.to(real) * x
     if z is not None:
-        out = out * F.silu(z.to(wide))
+        out = out * F.silu(z.to(real))
     return out.to(u.dtype), state

@@ -256,6 +256,7 @@ def test_compiles_as_one_graph(routed):
         ({"x": torch.zeros(2, 0, 7)}, "at least one token"),
         ({"weight": torch.zeros(7, 5)}, r"weight must be .* = \(7, 2 to 4\), got \(7, 5\)"),
         ({"weight": torch.zeros(6, 4)}, r"weight must be .* = \(7, 2 to 4\), got \(6, 4\)"),
+        ({"weight": torch.zeros(7, 4).cfloat()}, "weight must be floating, got torch.complex64"),
         ({"bias": torch.zeros(1)}, r"bias must be of shape \(7,\), got \(1,\)"),
         ({"initial_state": torch.zeros(2, 7, 3)}, r"initial_state must be of shape \(2, 3, 7\)"),
         ({"seq_idx": torch.zeros(2, 11)}, "seq_idx must hold integers, got torch.float32"),

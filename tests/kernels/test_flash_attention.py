@@ -334,6 +334,7 @@ BOUNDS = torch.tensor([0, 2], dtype=torch.int32)
         ([(1, 2, 4, 8), (1, 2, 4, 9), (1, 2, 4, 9)], {}, "q's batch and head_dim"),
         ([(1, 2, 4, 8), (2, 2, 4, 8), (2, 2, 4, 8)], {}, "q's batch and head_dim"),
         ([(1, 2, 4, 8), (1, 2, 3, 8), (1, 2, 3, 8)], {}, "divides q's 4, got 3"),
+        ([(1, 2, 4, 0)] * 3, {}, r"head_dim of at least 1, got \(1, 2, 4, 0\)"),
         ([(1, 2, 4, 8)] * 3, dict(window_size=(-2, 0)), r"window_size must .* got \(-2, 0\)"),
         ([(1, 2, 4, 8)] * 3, dict(cu_seqlens_k=BOUNDS), "must come with cu_seqlens_q"),
         ([(2, 4, 8)] * 3, dict(cu_seqlens_q=BOUNDS.long()), r"int32 \(sequences \+ 1,\)"),

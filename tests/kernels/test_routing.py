@@ -1,5 +1,10 @@
 """Routing without chance: the generator, the plan, routes, slices, arguments."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +109,22 @@ def test_a_stage_draws_its_rows_of_the_whole_table(impl, per_sample, kind):
         stage = draw(strategy, -1, 5, 7, 6, stage=range(first, last), impl=impl)
         assert torch.equal(stage.table, whole.table[first:last])
         assert torch.equal(stage.count, whole.count[first:last])
+
+
+def test_another_process_draws_the_same_table():
+    code = """
+from tossup.kernels.routing import Strategy, draw
+print(draw(Strategy(5, "full_layout", per_sample=True), 3, 2**40, 6, 9, impl="cpu").table.tolist())
+"""
+    rank = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    ours = draw(Strategy(5, "full_layout", per_sample=True), 3, 2**40, 6, 9, impl="cpu")
+    assert json.loads(rank.stdout) == ours.table.tolist()
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])

@@ -1,5 +1,8 @@
 """Selective scan: values, gradients, states, resets and routes, against independent oracles."""
 
+import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -328,6 +331,34 @@ def test_deterministic_whatever_the_number_of_threads():
     assert all(torch.equal(first[name], third[name]) for name in first)
 
 
+def gradient_of_u(seed: int) -> list[float]:
+    return run(make(2, 9, 33, seed=seed), delta_softplus=True)["du"].flatten().tolist()
+
+
+def test_concurrent_threads_and_forked_processes(monkeypatch):
+    """A fork has none of its parent's threads. torch stays on one, or it would hang there."""
+    assert torch.get_num_threads() == 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    expected = [gradient_of_u(seed) for seed in range(8)]
+    with ThreadPoolExecutor(4) as callers:
+        assert list(callers.map(gradient_of_u, range(8))) == expected
+    with multiprocessing.get_context("fork").Pool(2) as workers:
+        assert workers.map_async(gradient_of_u, range(8)).get(timeout=60) == expected
+
+
+def test_runs_where_nothing_can_be_cached(monkeypatch):
+    from numba.core.caching import CacheImpl
+
+    from tossup.kernels.selective_scan import cpu
+
+    tensors = make(1, 9)
+    expected = selective_scan(**tensors, impl="cpu")
+    monkeypatch.setattr(cpu, "compiled", cpu.compiled.__wrapped__)
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    with pytest.warns(UserWarning, match=r"compiled anew in every process.*NUMBA_CACHE_DIR"):
+        assert torch.equal(selective_scan(**tensors, impl="cpu"), expected)
+
+
 @pytest.mark.parametrize("routed", [False, True])
 def test_registration(routed, monkeypatch):
     from tossup.kernels.selective_scan.ops import selective_scan_op
@@ -366,6 +397,9 @@ def test_compiles_as_one_graph(routed):
     [
         ({"u": torch.zeros(3, 4)}, r"u must be \(batch, seqlen, dim\).* got \(3, 4\)"),
         ({"u": torch.zeros(2, 0, 6)}, "at least one token"),
+        ({"u": torch.zeros(2, 9, 0)}, "one channel, got .2, 9, 0. of torch.float32"),
+        ({"B": torch.zeros(2, 9, 1, 3).cfloat()}, "B must be floating, got torch.complex64"),
+        ({"delta": torch.zeros(2, 9, 6).long()}, "delta must be floating, got torch.int64"),
         ({"A": torch.zeros(5, 3)}, r"A must be \(dim, state\) = \(6, state\), real, got \(5, 3\)"),
         (
             {"A": torch.zeros(6, 3, dtype=torch.complex64)},

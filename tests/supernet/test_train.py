@@ -17,6 +17,7 @@ from tossup.supernet.checkpoint import read_checkpoint
 from tossup.supernet.config import RunConfig
 from tossup.supernet.data import build_data
 from tossup.supernet.errors import ConfigError
+from tossup.supernet.files import exclusive
 from tossup.supernet.model import SupernetModel
 from tossup.supernet.train import Trainer, latest_checkpoint, learning_rate, train
 
@@ -120,6 +121,15 @@ def test_finished_runs_stay_as_they_are_and_others_are_refused(tmp_path):
     assert records(tmp_path) == before[1]
     with pytest.raises(ConfigError, match=r"a run whose training.learning_rate is 0.001, not 0.1:"):
         train(run_config(tmp_path, learning_rate=0.1))
+
+
+def test_one_process_trains_in_a_folder(tmp_path):
+    with (
+        exclusive(tmp_path),
+        pytest.raises(ConfigError, match="another process is training in"),
+    ):
+        train(run_config(tmp_path))
+    train(run_config(tmp_path))
 
 
 def test_log_counts_and_losses_are_of_the_tables(tmp_path):

@@ -1,0 +1,187 @@
+"""What holds for every op: odd shapes and views, one result alone, autocast, tracing, the choice.
+
+Each op is written here as a function of one tensor, which it uses for several of its inputs.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support import route_of
+from tossup.kernels.backend import load_backend, resolve_impl
+from tossup.kernels.causal_conv1d import causal_conv1d
+from tossup.kernels.flash_attention import flash_attention
+from tossup.kernels.rotary import rotary, rotary_angles
+from tossup.kernels.selective_scan import selective_scan
+
+DIM = 8
+
+
+def attend(x: Tensor, **options) -> tuple[Tensor, ...]:
+    heads = x.unflatten(-1, (4, 2))
+    return flash_attention(
+        heads, heads[:, :, :2], heads[:, :, 2:], causal=True, return_lse=True, **options
+    )
+
+
+def scan(x: Tensor, **options) -> tuple[Tensor, ...]:
+    states = x.unflatten(-1, (2, 4))
+    rates = -torch.arange(1.0, 33).view(DIM, 4) / 16
+    first = x[:, :1].repeat(1, 4, 1).transpose(1, 2)
+    return selective_scan(
+        x, x, rates, states, states, torch.ones(DIM), x, torch.ones(DIM),
+        delta_softplus=True, initial_state=first, return_final_state=True, **options,
+    )  # fmt: skip
+
+
+def convolve(x: Tensor, **options) -> tuple[Tensor, ...]:
+    weight = torch.arange(4.0 * DIM).view(4, DIM).T.cos()
+    before = x[:, :1].expand(-1, 3, -1)
+    return causal_conv1d(
+        x, weight, torch.ones(DIM), activation="silu",
+        initial_state=before, return_final_state=True, **options,
+    )  # fmt: skip
+
+
+def turn(x: Tensor, **options) -> tuple[Tensor, ...]:
+    angles = rotary_angles(torch.arange(x.shape[1]), 4)
+    return (rotary(x.unflatten(-1, (2, 4)), *angles, **options),)
+
+
+OPS = {
+    "flash_attention": attend,
+    "selective_scan": scan,
+    "causal_conv1d": convolve,
+    "rotary": turn,
+}
+RESULTS = [(name, n) for name in OPS for n in range(1 if name == "rotary" else 2)]
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+every_result = pytest.mark.parametrize("op, result", [(OPS[o], n) for o, n in RESULTS])
+
+
+def random(*shape: int, dtype=torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+def results_and_gradient(op, x: Tensor, **options) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    results = op(x, **options)
+    loss = sum((result * torch.ones(()).to(result)).square().sum() for result in results)
+    return [*results, *torch.autograd.grad(loss, x)]
+
+
+VIEWS = {
+    "no sample": random(0, 5, DIM),
+    "one token": random(1, 1, DIM),
+    "channels before time": random(3, DIM, 5).transpose(1, 2),
+    "every other channel": random(2, 5, 2 * DIM)[..., ::2],
+    "the same token again": random(2, 1, DIM).expand(-1, 20, -1),
+    "the same sample again": random(1, 5, DIM).expand(3, -1, -1),
+    "the same number again": random(1, 1, 1).expand(2, 5, DIM),
+}
+
+
+@every_op
+@pytest.mark.parametrize("x", VIEWS.values(), ids=VIEWS)
+def test_views_of_any_kind(op, x):
+    ours, expected = (results_and_gradient(op, x, impl=impl) for impl in ("cpu", "reference"))
+    torch.testing.assert_close(ours, expected)
+
+
+@every_op
+def test_results_lie_in_memory_as_traced(op):
+    """A compiled graph goes by the strides that the fake promised."""
+    x = random(3, DIM, 5, dtype=torch.float32).transpose(1, 2).requires_grad_()
+    real = torch.compile(op, fullgraph=True, backend="aot_eager")(x, impl="cpu")
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        traced = op(mode.from_tensor(x), impl="cpu")
+    for result, promised in zip(op(x, impl="cpu"), traced, strict=True):
+        assert result.stride() == promised.stride() and result.dtype == promised.dtype
+    torch.testing.assert_close(real, op(x, impl="cpu"))
+
+
+@every_result
+@pytest.mark.parametrize("chosen", [None, (), (2,), (2, 0)])
+def test_gradients_of_one_result_alone(op, result, chosen):
+    route = None if chosen is None else route_of(*chosen, batch=3)
+    mine = list(range(3) if chosen is None else chosen)
+    gradients = []
+    for impl in ("cpu", "reference"):
+        x = random(3, 5, DIM).requires_grad_()
+        out = op(x, impl=impl, route=route)[result]
+        (gradient,) = torch.autograd.grad(out[mine].square().sum(), x)
+        gradients.append(gradient[mine])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("result", [0, 1])
+@pytest.mark.parametrize("route", [None, route_of(batch=2)], ids=["all", "nobody"])
+def test_weights_of_nobody_get_zeros(result, route):
+    x = random(2, 5, DIM, dtype=torch.float32)
+    states = x.unflatten(-1, (2, 4))
+    rates = -torch.ones(DIM, 4, requires_grad=True)
+    results = selective_scan(
+        x, x.abs(), rates, states, states, return_final_state=True, route=route, impl="cpu"
+    )
+    (gradient,) = torch.autograd.grad(results[result].sum(), rates)
+    assert (gradient == 0).all() == (route is not None)
+
+
+@every_op
+def test_half_precision_beside_float32_under_autocast(op):
+    """Linear layers hand out bfloat16 there, while parameters stay in float32."""
+    linear = torch.nn.Linear(DIM, DIM)
+    tokens = random(2, 5, DIM, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = linear(tokens)
+        results = op(x, impl="cpu")
+        sum(result.float().sum() for result in results).backward()
+    expected = op(x, impl="cpu")
+    assert x.dtype == results[0].dtype == torch.bfloat16
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+    assert linear.weight.grad.dtype == torch.float32 and linear.weight.grad.isfinite().all()
+
+
+def test_parameters_keep_their_dtype_in_gradients():
+    x = random(2, 5, DIM, dtype=torch.bfloat16).requires_grad_()
+    states = x.unflatten(-1, (2, 4))
+    weights = [torch.ones(DIM, 4), torch.ones(DIM), -torch.ones(DIM, 4), *torch.ones(2, DIM)]
+    taps, bias, rates, skip, step_bias = (weight.requires_grad_() for weight in weights)
+    convolved = causal_conv1d(x, taps, bias, activation="silu", impl="cpu")
+    out = selective_scan(
+        convolved, x, rates, states, states, skip, x, step_bias, delta_softplus=True, impl="cpu"
+    )
+    inputs = [x, taps, bias, rates, skip, step_bias]
+    assert out.dtype == torch.bfloat16
+    for tensor, gradient in zip(inputs, torch.autograd.grad(out.sum(), inputs), strict=True):
+        assert gradient.dtype == tensor.dtype and gradient.isfinite().all()
+
+
+@every_op
+def test_compiles_for_any_length_with_the_implementation_left_open(op):
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=True)
+    for seqlen in (3, 17, 40):
+        x = random(2, seqlen, DIM, dtype=torch.float32)
+        torch.testing.assert_close(compiled(x), op(x))
+
+
+@every_op
+def test_an_explicit_implementation_never_falls_back(op):
+    with pytest.raises(NotImplementedError, match="has no triton backend; pass impl='cpu' or"):
+        op(random(1, 2, DIM), impl="triton")
+
+
+def test_implementations_are_chosen_by_argument_then_variable_then_device(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.delenv("TOSSUP_IMPL", raising=False)
+    assert [resolve_impl("auto", device) for device in (cpu, cuda)] == ["cpu", "triton"]
+    monkeypatch.setenv("TOSSUP_IMPL", "auto")
+    assert [resolve_impl("auto", device) for device in (cpu, cuda)] == ["cpu", "triton"]
+    monkeypatch.setenv("TOSSUP_IMPL", "reference")
+    assert resolve_impl("auto", cuda) == "reference" and resolve_impl("triton", cpu) == "triton"
+    monkeypatch.setenv("TOSSUP_IMPL", "gpu")
+    with pytest.raises(ValueError, match=r"TOSSUP_IMPL must be auto, triton, cpu .* got 'gpu'"):
+        resolve_impl("auto", cpu)
+    with pytest.raises(ValueError, match=r"^impl must be auto, triton, cpu .* got 'gpu'"):
+        resolve_impl("gpu", cpu)
+    assert load_backend("tossup.kernels.routing", "triton").draw.__module__.endswith(".kernel")
