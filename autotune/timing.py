@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of at least three runs of one thing."""
+    """Seconds that each of several runs of one thing took; at least three runs."""
 
-    seconds: tuple[float, ...]
+    seconds: Sequence[float]
 
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> "Timing":
-        return cls(tuple(seconds))
+    def __post_init__(self) -> None:
+        if len(self.seconds) < 3:
+            raise ValueError(f"seconds takes at least three runs, got {len(self.seconds)}")
 
     @property
     def median(self) -> float:

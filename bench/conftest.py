@@ -57,7 +57,7 @@ def race(benchmark, request) -> Callable:
         peer_first()  # the second call of each is warm, and tells how many rounds there is time for
         rounds = max(FEWEST, min(MOST, int(BUDGET / peer_seconds.pop())))
         benchmark.pedantic(ours, setup=peer_first, rounds=rounds)
-        mine, theirs = Timing.of(benchmark.stats.stats.data), Timing.of(peer_seconds)
+        mine, theirs = Timing(benchmark.stats.stats.data), Timing(peer_seconds)
         result = {
             "rounds": rounds,
             "name": request.node.name,

@@ -4,15 +4,19 @@ The one format that holds a whole supernet. Conversion to and from others is in 
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from .config import ModelConfig, validate
+from .config import ModelConfig
 from .errors import ConfigError
-from .files import directory_atomically, recover_directory
+from .files import recover_directory
+from .loader import validate
 from .model import SupernetModel
 from .stochastic import Dispatch
 
@@ -20,25 +24,44 @@ FORMAT = "tossup"
 
 
 def save_model(model: SupernetModel, folder: Path) -> None:
-    """Write the model into an existing folder."""
+    """Write the model into an existing folder, in the dtypes that it has."""
     config = {"model_type": FORMAT, "model": model.config.model_dump(mode="json")}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_tensors(model_tensors(model), folder / "model.safetensors")
 
 
-def write_checkpoint(model: SupernetModel, folder: Path | str) -> None:
-    """Write the model as a folder of its own, whole or not at all."""
-    with directory_atomically(folder) as temporary:
-        save_model(model, temporary)
-
-
 def read_checkpoint(folder: Path | str, dispatch: Dispatch = "host") -> SupernetModel:
-    """The model of a folder that `save_model` wrote."""
+    """The model of a folder that `save_model` wrote, on the CPU and in the file's dtypes.
+
+    Raises ConfigError where a file is missing or broken, or tensors and configuration do not fit.
+    """
     folder = Path(folder)
     recover_directory(folder)
-    config = validate(json.loads((folder / "config.json").read_text())["model"], ModelConfig)
-    model = SupernetModel(config, dispatch)
-    load_tensors(model, load_file(folder / "model.safetensors"))
+    path = folder / "config.json"
+    config = read_json(path)
+    if not isinstance(config.get("model"), dict):
+        raise ConfigError(f"{path} takes the key model, with a model's configuration")
+    tensors = open_tensors(folder / "model.safetensors")
+    return model_of(validate(config["model"], ModelConfig), tensors, dispatch)
+
+
+def model_of(
+    config: ModelConfig, tensors: Mapping[str, Tensor], dispatch: Dispatch = "host"
+) -> SupernetModel:
+    """A model whose parameters are these tensors themselves, in their dtypes.
+
+    It is never initialised, which would take time and random numbers. Raises ConfigError where
+    tensors are missing, unknown or of other shapes.
+    """
+    with torch.device("meta"):
+        model = SupernetModel(config, dispatch)
+    parameters = dict(model.named_parameters())
+    check_tensors(parameters, tensors)
+    for name in parameters:
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(tensors[name]))
+    if config.tie_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
     return model
 
 
@@ -47,24 +70,48 @@ def model_tensors(model: SupernetModel) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
 
 
-@torch.no_grad()
-def load_tensors(model: SupernetModel, tensors: dict[str, Tensor]) -> None:
-    """Copy tensors into the parameters of the same names.
+def open_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ConfigError where it is missing or broken."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot read tensors from {path}: {error}") from error
 
-    Raises ConfigError where a tensor is missing, unknown, or of another shape.
+
+def copy_tensors(into: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into those of the same names, to their dtypes and devices.
+
+    Raises ConfigError, before anything is copied, unless names and shapes agree.
     """
-    parameters = dict(model.named_parameters())
-    missing, unknown = parameters.keys() - tensors.keys(), tensors.keys() - parameters.keys()
+    check_tensors(into, tensors)
+    for name, tensor in into.items():
+        tensor.copy_(tensors[name])
+
+
+def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     for what, names in (("lacks", missing), ("has the unknown tensor", unknown)):
         if names:
             raise ConfigError(f"the checkpoint {what} {min(names)}, and {len(names) - 1} more")
-    for name, parameter in parameters.items():
-        if parameter.shape != tensors[name].shape:
+    for name, tensor in expected.items():
+        if tensor.shape != tensors[name].shape:
             raise ConfigError(
-                f"{name} takes shape {tuple(parameter.shape)}, got {tuple(tensors[name].shape)}"
+                f"{name} takes shape {tuple(tensor.shape)}, got {tuple(tensors[name].shape)}"
             )
-        parameter.copy_(tensors[name])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object. Raises ConfigError where there is none."""
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} takes a JSON object, got {type(values).__name__}")
+    return values

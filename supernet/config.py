@@ -1,17 +1,15 @@
 """Configuration: what a supernet is made of, how its tables are drawn, how it is trained.
 
-Every model here is frozen and refuses keys that it does not know. `load_config` reads a YAML file,
-applies `key=value` overrides and turns whatever is wrong into one sentence that names the key, what
-it got and what it takes.
+Every model here is frozen, refuses keys that it does not know, and takes finite numbers alone. The
+loader reads them from YAML files.
 """
 
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -20,22 +18,22 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     field_validator,
     model_validator,
 )
+from torch.nn import ModuleDict
 
 from ..kernels.routing import Strategy
 from .data import DataConfig
 from .errors import ConfigError
-from .search.config import SearchConfig
+from .search.config import SearchConfig, check_samples
 
-# Fast-LLM's shift for the mixers' generator, so that a seed means the same stream in both.
+# Fast-LLM's default: what sets the mixers' random numbers apart from all others of a seed.
 SEED_SHIFT = 501974169931277706872159392843
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class AttentionConfig(Config):
@@ -54,7 +52,17 @@ class AttentionConfig(Config):
     def groups_divide(self) -> "AttentionConfig":
         if self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads ({self.heads}), got {self.kv_heads}")
+        if self.head_dim:
+            self.check_rotation(self.head_dim)
         return self
+
+    def check_rotation(self, head_dim: int) -> None:
+        """Raises ConfigError unless rotary positions can turn the channels of a head in pairs."""
+        if self.rope_theta is not None and head_dim % 2:
+            raise ConfigError(
+                f"head_dim must be even where rope_theta is given, got {head_dim}; "
+                "rope_theta: null means no positions"
+            )
 
 
 class MambaConfig(Config):
@@ -89,6 +97,12 @@ class MambaConfig(Config):
             )
         if self.d_inner % d_xb:
             raise ValueError(f"d_inner must be a multiple of d_xb ({d_xb}), got {self.d_inner}")
+        return self
+
+    @model_validator(mode="after")
+    def steps_are_ordered(self) -> "MambaConfig":
+        if self.dt_min >= self.dt_max:
+            raise ValueError(f"dt_min must be below dt_max ({self.dt_max}), got {self.dt_min}")
         return self
 
 
@@ -127,9 +141,7 @@ class StochasticMixerConfig(Config):
     predefined_layout_probabilities: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
     seed_shift: int = SEED_SHIFT
     per_sample: bool = Field(False, description="each sample of a batch draws its own mixers")
-    cheapest_mixer_name: str | None = Field(
-        None, description="for sandwich: defaults to the mixer of fewest FLOPs"
-    )
+    cheapest_mixer_name: str | None = Field(None, description="for sandwich, and required there")
 
     @field_validator("mixers")
     @classmethod
@@ -147,6 +159,11 @@ class StochasticMixerConfig(Config):
             name = getattr(self, key)
             if name is not None and name not in self.mixers:
                 raise ValueError(f"{key} takes one of the mixers {names}, got {name!r}")
+        if (self.cheapest_mixer_name is None) is (self.sampling_strategy == "sandwich"):
+            raise ValueError(
+                "cheapest_mixer_name goes with sampling_strategy sandwich and with no other, "
+                f"got {self.cheapest_mixer_name!r} with {self.sampling_strategy}"
+            )
         for layout in self.predefined_layouts:
             unknown = sorted(set(layout) - set(names))
             if unknown:
@@ -200,10 +217,9 @@ class StochasticMixerConfig(Config):
     def main(self) -> str:
         return self.main_mixer_name or next(iter(self.mixers))
 
-    def strategy(self, layers: int, cheapest: str | None = None) -> Strategy:
+    def strategy(self, layers: int) -> Strategy:
         """How the tables of a model of `layers` layers are drawn, as the kernels take it.
 
-        cheapest: the mixer that sandwich takes as the cheapest where the config names none.
         Raises ConfigError where a predefined layout has another length than the model.
         """
         names = list(self.mixers)
@@ -223,7 +239,7 @@ class StochasticMixerConfig(Config):
             ),
             layout_probabilities=self.predefined_layout_probabilities,
             main=names.index(self.main),
-            cheapest=names.index(self.cheapest_mixer_name or cheapest or self.main),
+            cheapest=names.index(self.cheapest_mixer_name or self.main),
             per_sample=self.per_sample,
         )
 
@@ -264,6 +280,7 @@ class ModelConfig(Config):
                         f"heads must divide hidden_size ({self.hidden_size}) where head_dim is "
                         f"not given, got {mixer.heads}"
                     )
+                mixer.check_rotation(self.hidden_size // mixer.heads)
         return self
 
     @property
@@ -278,6 +295,9 @@ class ModelConfig(Config):
         return isinstance(self.mixer, StochasticMixerConfig) and self.placement is None
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainingConfig(Config):
     """How a supernet is trained. Rates are per optimizer step, sizes in samples."""
 
@@ -288,22 +308,35 @@ class TrainingConfig(Config):
     learning_rate: PositiveFloat = 1e-3
     final_learning_rate: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt = 0
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     clip_norm: PositiveFloat | None = 1.0
     inactive: Literal["skip", "decay"] = "skip"
+    init_from: Path | None = Field(
+        None, description="a pretrained ordinary checkpoint, whose mixers the main mixers start as"
+    )
     frozen: tuple[str, ...] = Field((), description="patterns of parameter names, as in a shell")
     dispatch: Literal["host", "dense"] = "host"
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="bfloat16: matrix products under autocast, weights in float32"
+        "float32",
+        description="bfloat16: training's matrix products under autocast, weights in float32; "
+        "evaluation and search compute in the weights' dtype",
     )
     log_every: PositiveInt = 10
     evaluate_every: PositiveInt | None = None
     evaluation_batches: PositiveInt = 8
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: PositiveInt = 2
+
+    @model_validator(mode="after")
+    def warmup_ends(self) -> "TrainingConfig":
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps takes at most the {self.steps} steps, got {self.warmup_steps}"
+            )
+        return self
 
 
 class RunConfig(Config):
@@ -325,6 +358,15 @@ class RunConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def search_is_of_this_run(self) -> "RunConfig":
+        if self.search is not None and self.search.training_config is not None:
+            raise ValueError(
+                "search.training_config goes in a file that holds a search alone; "
+                f"this file's search is of its own run, got {self.search.training_config}"
+            )
+        return self
+
 
 class EvaluationConfig(RunConfig):
     """A run, and which checkpoint of it, or of anything else, to measure on its held-out data."""
@@ -332,97 +374,28 @@ class EvaluationConfig(RunConfig):
     checkpoint: Path | None = Field(None, description="a folder; none is the run's newest")
     placement: tuple[str, ...] | None = Field(None, description="none is the main mixers")
 
+    @model_validator(mode="after")
+    def errors_are_defined(self) -> "EvaluationConfig":
+        check_samples(self.training.evaluation_batches, self.training.batch_size)
+        return self
+
 
 def check_mixer_name(name: str) -> None:
     """Names become keys of a module dict and parts of tensor names."""
-    from torch.nn import ModuleDict
-
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) or hasattr(ModuleDict, name):
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) or hasattr(ModuleDict(), name):
         raise ValueError(
             "a mixer's name takes letters, digits, - and _, begins with no digit, and is no "
-            f"method of torch.nn.ModuleDict, got {name!r}"
+            f"attribute of torch.nn.ModuleDict, got {name!r}"
         )
 
 
 def check_placement(placement: Sequence[str], mixers: Sequence[str], layers: int) -> None:
-    """Raises ValueError unless there is one known mixer for each layer."""
+    """Raises ConfigError unless there is one known mixer for each layer."""
     if isinstance(placement, str) or len(placement) != layers:
-        raise ValueError(
+        raise ConfigError(
             f"placement takes one mixer name for each of the {layers} layers, "
             f"got {placement if isinstance(placement, str) else list(placement)}"
         )
     for name in placement:
         if name not in mixers:
-            raise ValueError(f"placement takes names of the mixers {list(mixers)}, got {name!r}")
-
-
-ConfigType = TypeVar("ConfigType", bound=BaseModel)
-
-
-def load_config(
-    path: str | Path | None, overrides: Sequence[str], kind: type[ConfigType]
-) -> ConfigType:
-    """Read a YAML file, apply `dotted.key=value` overrides (values are YAML), validate as `kind`.
-
-    Raises ConfigError, one sentence for each wrong key.
-    """
-    values = read_values(path)
-    for override in overrides:
-        apply_override(values, override)
-    return validate(values, kind)
-
-
-def read_values(path: str | Path | None) -> dict[str, Any]:
-    """A YAML file's mapping; empty where there is no file to read."""
-    if path is None:
-        return {}
-    try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} takes a mapping of keys to values")
-    return values
-
-
-def apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"an override takes the form key=value, got {override!r}")
-    *path, last = key.split(".")
-    for part in path:
-        inner = values.setdefault(part, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{key} goes inside {part}, which is {inner!r}")
-        values = inner
-    values[last] = yaml.safe_load(text)
-
-
-def validate(values: dict[str, Any], kind: type[ConfigType]) -> ConfigType:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("\n".join(sentence(detail) for detail in error.errors())) from error
-
-
-def sentence(detail: Any) -> str:
-    """One of pydantic's findings as `key: what is wrong, got value`."""
-    location = [str(part) for part in detail["loc"]]
-    kept = [part for i, part in enumerate(location) if not follows_union(location[:i])]
-    key = ".".join(kept) or "the configuration"
-    message = detail["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if detail["type"] == "value_error":
-        return f"{key}: {message}"
-    if detail["type"] == "missing":
-        return f"{key}: is required"
-    if detail["type"] == "extra_forbidden":
-        return f"{key}: is not a known key, got {detail['input']!r}"
-    return f"{key}: {message}, got {detail['input']!r}"
-
-
-def follows_union(location: list[str]) -> bool:
-    """Whether pydantic puts a union's tag next, which is no key of the file."""
-    return location[-1:] in (["mixer"], ["data"]) or location[-2:-1] == ["mixers"]
+            raise ConfigError(f"placement takes names of the mixers {list(mixers)}, got {name!r}")

@@ -1,6 +1,7 @@
 """Evaluation: how well placements predict frozen, held-out batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -23,20 +24,16 @@ def evaluate_placements(
     way. Metrics: `loss`, the mean cross entropy (nats) per labelled token, and `accuracy`, the
     share of labelled tokens predicted right; their standard errors are over samples.
     """
-    was_training = model.training
-    model.eval()
-    device = model.lm_head.weight.device
-    rows = torch.tensor([[model.mixer_names.index(name) for name in p] for p in placements])
+    device, count = model.lm_head.weight.device, len(placements)
+    indices = torch.tensor([[model.mixer_names.index(name) for name in p] for p in placements])
     tallies = []
-    for tokens, labels in batches:
-        batch = len(tokens)
-        table = MixerTable.of(
-            rows.T.repeat_interleave(batch, 1), len(model.mixer_names), len(rows) * batch
-        )
-        copies = tokens.to(device).repeat(len(rows), 1)
-        logits = model(copies, table=table)
-        tallies.append(tally(logits, labels.to(device).repeat(len(rows), 1)).view(len(rows), -1, 3))
-    model.train(was_training)
+    with evaluating(model):
+        for tokens, labels in batches:
+            rows = indices.T.repeat_interleave(len(tokens), 1)  # [layers, placements × batch]
+            table = MixerTable.of(rows, len(model.mixer_names), rows.shape[1])
+            logits = model(tokens.to(device).repeat(count, 1), table=table)
+            copies = tally(logits, labels.to(device).repeat(count, 1))
+            tallies.append(copies.view(count, len(tokens), 3))
     return [score_of(samples) for samples in torch.cat(tallies, 1).cpu()]
 
 
@@ -45,21 +42,30 @@ def evaluate_model(
     model: SupernetModel, batches: Batches, placement: Placement | None = None
 ) -> Score:
     """Score one placement, or the model as it stands: its only placement, or the main mixers."""
+    device = model.lm_head.weight.device
+    with evaluating(model):
+        tallies = [
+            tally(model(tokens.to(device), placement=placement), labels.to(device))
+            for tokens, labels in batches
+        ]
+    return score_of(torch.cat(tallies).cpu())
+
+
+@contextmanager
+def evaluating(model: SupernetModel) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the mode that it was in."""
     was_training = model.training
     model.eval()
-    device = model.lm_head.weight.device
-    tallies = [
-        tally(model(tokens.to(device), placement=placement), labels.to(device))
-        for tokens, labels in batches
-    ]
-    model.train(was_training)
-    return score_of(torch.cat(tallies).cpu())
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def tally(logits: Tensor, labels: Tensor) -> Tensor:
     """Summed loss, right predictions and labelled tokens of each sample: (batch, 3) float64."""
     losses, counts = language_model_losses(logits, labels)
-    right = ((logits.argmax(-1) == labels) & (labels != -100)).sum(1)
+    right = (logits.argmax(-1) == labels).sum(1)  # -100 is no token, so it is never right
     return torch.stack((losses.double(), right.double(), counts.double()), 1)
 
 

@@ -5,7 +5,6 @@ rename, which POSIX makes atomic. The temporary name is fixed, so the next attem
 a killed one left; a path has one writer at a time.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -73,6 +72,8 @@ def exclusive(folder: Path | str) -> Iterator[None]:
 
     The lock dies with its process, however that ends.
     """
+    import fcntl  # POSIX alone has it; only who locks needs it
+
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder, ".lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

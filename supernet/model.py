@@ -15,7 +15,6 @@ from ..kernels.routing import MixerTable, Strategy, draw
 from .config import ModelConfig, StochasticMixerConfig, check_placement
 from .metrics import Mean
 from .mixers import build_mixer
-from .mixers.packing import packing_of
 from .stochastic import Dispatch, StochasticMixer
 
 
@@ -82,7 +81,7 @@ class SupernetModel(nn.Module):
         batch of one row that packs several sequences. losses, metrics: dicts for the mixers' own.
         """
         kwargs: dict[str, Any] = {"attention_mask": attention_mask, "cu_seqlens": cu_seqlens}
-        preprocessed = self._preprocess(tokens, attention_mask, cu_seqlens)
+        preprocessed = self._preprocess(tokens.shape[1], tokens.device)
         places = self._places(placement)
         x = self.embed_tokens(tokens)
         for layer, block in enumerate(self.layers):
@@ -103,8 +102,7 @@ class SupernetModel(nn.Module):
         if not self.config.is_supernet:
             raise ValueError("only a model with stochastic mixers draws tables")
         assert isinstance(self.config.mixer, StochasticMixerConfig)
-        flops = {name: mixer.flops_per_token(1024) for name, mixer in self._choices(0).items()}
-        return self.config.mixer.strategy(self.config.num_layers, min(flops, key=flops.__getitem__))
+        return self.config.mixer.strategy(self.config.num_layers)
 
     def draw(self, seed: int, step: int | Tensor, batch: int) -> MixerTable:
         """The mixer table of a step: the same on every rank that names the same seed and step."""
@@ -124,9 +122,13 @@ class SupernetModel(nn.Module):
 
         Of a placement; or else the exact expectation over the tables that the strategy draws.
         """
-        shared = sum(p.numel() for name, p in self.named_parameters() if ".mixer." not in name)
+        shared = sum(
+            parameter.numel()
+            for name, parameter in self.named_parameters()
+            if ".mixer." not in name and "norm" not in name
+        )
+        # The embedding is looked up, not multiplied; a tied one is counted once, as the head.
         shared -= 0 if self.config.tie_embeddings else self.embed_tokens.weight.numel()
-        shared -= sum(p.numel() for name, p in self.named_parameters() if "norm" in name)
         total = 2.0 * shared
         if placement is None and self.config.is_supernet:
             marginals = self.strategy().marginals(self.config.num_layers)
@@ -160,17 +162,13 @@ class SupernetModel(nn.Module):
         check_placement(placement, self.mixer_names, layers)
         return placement
 
-    def _preprocess(
-        self, tokens: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
-    ) -> dict[str, Mapping[str, Any]]:
+    def _preprocess(self, seqlen: int, device: torch.device) -> dict[str, Mapping[str, Any]]:
         """What each kind of mixer computes once for all layers, in its own namespace."""
-        batch, seqlen = tokens.shape
-        packing = packing_of(batch, seqlen, attention_mask, cu_seqlens)
         representatives: dict[str, Any] = {}
         for layer in range(self.config.num_layers):
             representatives |= self._choices(layer)
         return {
-            name: mixer.preprocess(seqlen, packing, tokens.device)
+            name: mixer.preprocess(seqlen, device)
             for name, mixer in representatives.items()
             if hasattr(mixer, "preprocess")
         }

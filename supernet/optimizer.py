@@ -10,9 +10,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
+
+from .stochastic import StochasticMixer
 
 Group = dict[str, Any]
 
@@ -128,6 +130,32 @@ class GatedAdamW(Optimizer):
             )
             for params in kinds.values()
         ]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[Group]:
+    """A model's trainable parameters as GatedAdamW takes them, each behind the gate that it needs.
+
+    model: any module; the mixers of the StochasticMixers inside it get the gates (layer, mixer),
+        the mixer by its place among the layer's. What several of them share, and everything else,
+        is shared. Layers need different numbers.
+    weight_decay: of matrices; norms, biases, convolutions, `A_log` and `D` do not decay.
+    """
+    gates: dict[Tensor, tuple[int, int] | None] = {}
+    for module in model.modules():
+        if isinstance(module, StochasticMixer):
+            for index, mixer in enumerate(module.mixers.values()):
+                gate = (module.layer, index)
+                for parameter in mixer.parameters():
+                    gates[parameter] = gate if gates.get(parameter, gate) == gate else None
+    groups: dict[tuple[Any, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim == 2 and name.rpartition(".")[2] != "A_log"
+            groups.setdefault((gates.get(parameter), decays), []).append(parameter)
+    return [
+        {"params": parameters, "gate": gate, "weight_decay": weight_decay if decays else 0.0}
+        for (gate, decays), parameters in groups.items()
+    ]
 
 
 def clip_grad_norm(

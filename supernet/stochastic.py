@@ -7,7 +7,7 @@ Training follows the mixer table, evaluation takes the main mixer, `placement=` 
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -21,9 +21,7 @@ Dispatch = Literal["host", "dense"]
 
 # Keyword arguments whose tensors have a row per sample and follow a sample to its mixer. Tensors of
 # one row serve every sample.
-BATCHED_KWARGS = frozenset(
-    {"attention_mask", "position_ids", "position_embeddings", "angles", "seq_idx"}
-)
+BATCHED_KWARGS = frozenset({"attention_mask", "position_ids", "position_embeddings", "seq_idx"})
 
 
 class Router:
@@ -31,15 +29,18 @@ class Router:
 
     strategy: how tables are drawn. layers: how many layers share the router. seed: of the draws;
     one seed, one sequence of tables, on every rank. `step` counts the draws: set it to resume.
+    `counts` (layers, mixers) int64 says how many samples were sent where, over all draws.
     """
 
     def __init__(self, strategy: Strategy, layers: int, *, seed: int = 0, step: int = 0):
         self.strategy, self.layers, self.seed, self.step = strategy, layers, seed, step
         self.table: MixerTable | None = None
+        self.counts = torch.zeros(layers, strategy.mixers, dtype=torch.int64)
 
     def draw(self, batch: int) -> MixerTable:
         """Draw the next step's table, for `batch` samples; the mixers follow it until the next."""
         self.table = draw(self.strategy, self.seed, self.step, self.layers, batch, device="cpu")
+        self.counts += self.table.count
         self.step += 1
         return self.table
 
@@ -58,14 +59,15 @@ class StochasticMixer(nn.Module):
         returns (out, None, past_key_values) as layers in fla do.
     batched_kwargs: names of further keyword arguments that have a row per sample.
 
-    A mixer may have `preprocess(seqlen, packing, device) -> dict`, whose result only that
-    mixer gets, and may take `losses` and `metrics`, dicts to which it adds tensors of one value per
-    sample of its own. They come out under "mixer's name/key", averaged over the samples that took
-    the mixer. `counts` (mixers,) int64 counts the samples that each mixer got in training.
+    A mixer may take `losses` and `metrics`, dicts to which it adds tensors of one value per sample
+    of its own. They come out under "mixer's name/key", averaged over the samples that took the
+    mixer. Where a model has computed something for a mixer ahead, such as rotary angles, that mixer
+    alone gets it through `preprocessed`.
+
+    Mixers that a step did not choose have no gradients under host dispatch: wrap the model in
+    DistributedDataParallel with find_unused_parameters=True.
     Raises ValueError in training where there is neither a table nor a placement.
     """
-
-    counts: Tensor
 
     def __init__(
         self,
@@ -87,8 +89,13 @@ class StochasticMixer(nn.Module):
             raise ValueError(
                 f"router draws among {router.strategy.mixers} mixers, got {len(mixers)} of them"
             )
+        if layer < 0 or (router is not None and layer >= router.layers):
+            layers = "a row of the table" if router is None else f"0 to {router.layers - 1}"
+            raise ValueError(f"layer takes {layers}, got {layer}")
         if dispatch not in ("host", "dense"):
             raise ValueError(f"dispatch takes host or dense, got {dispatch!r}")
+        if num_outputs not in (1, 2, 3):
+            raise ValueError(f"num_outputs takes 1, 2 or 3, got {num_outputs}")
         self.mixers = nn.ModuleDict(mixers)
         self.names = tuple(mixers)
         self.main_mixer_name = main_mixer_name or self.names[0]
@@ -96,8 +103,6 @@ class StochasticMixer(nn.Module):
         self.layer, self.router, self.dispatch = layer, router, dispatch
         self.num_outputs = num_outputs
         self.batched_kwargs = BATCHED_KWARGS | batched_kwargs
-        self._accepts = {name: accepted_kwargs(mixer.forward) for name, mixer in mixers.items()}
-        self.register_buffer("counts", torch.zeros(len(mixers), dtype=torch.int64), False)
 
     def forward(
         self,
@@ -117,7 +122,7 @@ class StochasticMixer(nn.Module):
 
         hidden_states: (batch, seqlen, hidden). table: whom to follow, also in evaluation; defaults
         to the router's in training. placement: one mixer's name for the whole batch, over all else.
-        preprocessed: what `preprocess` of each mixer returned, by name.
+        preprocessed: further keyword arguments of each mixer, by its name.
         """
         kwargs.update(
             attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache
@@ -127,11 +132,9 @@ class StochasticMixer(nn.Module):
         if isinstance(chosen, str):
             out = call.run(chosen)
         else:
-            if self.training:
-                self.counts += chosen.count[self.layer].to(self.counts.device)
-            out = (
-                self._dense(call, chosen) if self.dispatch == "dense" else self._host(call, chosen)
-            )
+            self._check_table(chosen, len(hidden_states))
+            follow = self._dense if self.dispatch == "dense" else self._host
+            out = follow(call, chosen)
         return (out, None, past_key_values)[: self.num_outputs] if self.num_outputs > 1 else out
 
     def _chosen(self, table: MixerTable | None, placement: str | None) -> MixerTable | str:
@@ -150,12 +153,8 @@ class StochasticMixer(nn.Module):
         return self.router.table
 
     def _host(self, call: "Call", table: MixerTable) -> Tensor:
-        batch = len(call.hidden_states)
         counts = table.count[self.layer].tolist()
-        if sum(counts) != batch:
-            raise ValueError(
-                f"the mixer table is for {sum(counts)} samples, got a batch of {batch}"
-            )
+        batch = len(call.hidden_states)
         if batch in counts:
             return call.run(self.names[counts.index(batch)])
         samples, parts = [], []
@@ -167,14 +166,20 @@ class StochasticMixer(nn.Module):
         return torch.cat(parts)[torch.cat(samples).argsort()]
 
     def _dense(self, call: "Call", table: MixerTable) -> Tensor:
-        batch = len(call.hidden_states)
-        row = table.table[self.layer].to(call.hidden_states.device).expand(batch)
-        out = torch.zeros_like(call.hidden_states)
-        for index, name in enumerate(self.names):
-            taken = row == index
-            part = call.run(name, taken=taken)
-            out = torch.where(taken[:, None, None], part, out)
+        row = table.table[self.layer].to(call.hidden_states.device)
+        row = row.expand(len(call.hidden_states))
+        out, *others = (call.run(name, taken=row == i) for i, name in enumerate(self.names))
+        for index, part in enumerate(others, 1):
+            out = torch.where((row == index)[:, None, None], part, out)
         return out
+
+    def _check_table(self, table: MixerTable, batch: int) -> None:
+        layers, mixers, samples = table.samples.shape
+        if (mixers, samples) != (len(self.names), batch) or self.layer >= layers:
+            raise ValueError(
+                f"the mixer table is for {layers} layers, {mixers} mixers and {samples} samples, "
+                f"got layer {self.layer}, {len(self.names)} mixers and a batch of {batch}"
+            )
 
     def _check_name(self, key: str, name: str) -> None:
         if name not in self.names:
@@ -201,15 +206,12 @@ class Call:
 
         taken: (batch,) bool, the samples whose losses and metrics count (None: all that ran).
         """
-        accepts = self.layer._accepts[name]
-        reports: dict[str, dict[str, Tensor]] = {"losses": {}, "metrics": {}}
+        mixer = self.layer.mixers[name]
+        reports: dict[str, dict[str, Any]] = {"losses": {}, "metrics": {}}
         kwargs = {**self.kwargs, **self.preprocessed.get(name, {})}
         kwargs = {key: self._rows_of(key, value, rows) for key, value in kwargs.items()}
-        kwargs.update(reports)
         hidden_states = self.hidden_states if rows is None else self.hidden_states[rows]
-        out = self.layer.mixers[name](
-            hidden_states, **{key: value for key, value in kwargs.items() if accepts(key)}
-        )
+        out = mixer(hidden_states, **accepted_kwargs(mixer, {**kwargs, **reports}))
         for kind, values in reports.items():
             self._report(kind, name, values, len(hidden_states), taken)
         return out[0] if isinstance(out, tuple) else out
@@ -223,29 +225,47 @@ class Call:
             return value
         if isinstance(value, tuple):
             return tuple(self._rows_of(key, item, rows) for item in value)
-        return value[rows] if value.shape[0] == len(self.hidden_states) else value
+        batch = len(self.hidden_states)
+        if len(value) not in (1, batch):
+            raise ValueError(
+                f"{key} takes one row, or one for each of the {batch} samples, got {len(value)}"
+            )
+        return value if len(value) == 1 else value[rows]
 
     def _report(
-        self, kind: str, name: str, values: dict[str, Tensor], samples: int, taken: Tensor | None
+        self, kind: str, name: str, values: dict[str, Any], samples: int, taken: Tensor | None
     ) -> None:
+        """Add what a mixer reported to what the caller collects, if anything."""
         into = self.reports[kind]
         for key, value in values.items():
-            if value.shape != (samples,):
+            if isinstance(value, Mean) and taken is None:  # of a StochasticMixer inside this one
+                mean = value
+            elif isinstance(value, Tensor) and value.shape == (samples,):
+                mean = Mean.of(value, taken)
+            else:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(
                     f"{kind} of mixer {name} take one value per sample, shape ({samples},), "
-                    f"got {tuple(value.shape)} for {key}"
+                    f"got {got} for {key}"
                 )
             if into is not None:
-                accumulate(into, f"{name}/{key}", Mean.of(value, taken))
+                accumulate(into, f"{name}/{key}", mean)
 
 
-def accepted_kwargs(forward: Callable[..., Any]) -> Callable[[str], bool]:
-    """Says which keyword arguments a forward takes."""
+def accepted_kwargs(mixer: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the keyword arguments that a mixer's forward takes.
+
+    One that takes them all, by **kwargs, gets those that it names and those that say something: it
+    may hand them to code that knows neither `losses` nor an absent cache.
+    """
+    forward = getattr(mixer, "_orig_mod", mixer).forward  # behind torch.compile's wrapper
     parameters = inspect.signature(forward).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        # Its own losses and metrics a mixer names itself: whatever swallows all kwargs may forward
-        # them to code that knows neither.
-        named = {p.name for p in parameters}
-        return lambda key: key in named or key not in ("losses", "metrics")
-    keyword = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
-    return lambda key: key in keyword
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    silent = {"losses", "metrics"}
+    return {
+        key: value
+        for key, value in kwargs.items()
+        if key in named
+        or (takes_all and key not in silent and value is not None and value is not False)
+    }

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .supernet.conversion import load_checkpoint, save_checkpoint
     from .supernet.mixers import Attention, Mamba
     from .supernet.model import SupernetModel
-    from .supernet.optimizer import GatedAdamW
+    from .supernet.optimizer import GatedAdamW, clip_grad_norm, parameter_groups
     from .supernet.stochastic import Router, StochasticMixer
 
 __version__ = "0.1.0"
@@ -35,9 +35,11 @@ _MODULES = {
     "Strategy": "kernels.routing",
     "SupernetModel": "supernet.model",
     "causal_conv1d": "kernels.causal_conv1d",
+    "clip_grad_norm": "supernet.optimizer",
     "draw": "kernels.routing",
     "flash_attention": "kernels.flash_attention",
     "load_checkpoint": "supernet.conversion",
+    "parameter_groups": "supernet.optimizer",
     "rotary": "kernels.rotary",
     "save_checkpoint": "supernet.conversion",
     "selective_scan": "kernels.selective_scan",

@@ -6,10 +6,9 @@
 | apriel_hybrid_ssm | attention and grouped Mamba, layer by layer | ServiceNow's AprielHybridSSM |
 | mistral | attention in every layer | transformers' MistralForCausalLM |
 
-Weights are written in the dtype that they have in the model, and a model read from another format
-has the dtypes of its file, so that tensors come back bit for bit. A tossup checkpoint is read into
-float32. Token ids and position limits of other formats' config.json are not kept: a model of ours
-knows none.
+Weights are written in the dtype that they have in the model, and a model that is read has its
+file's dtypes, so that tensors come back bit for bit. Token ids and position limits of other
+formats' config.json are not kept: a model of ours knows none.
 """
 
 from collections.abc import Sequence
@@ -18,14 +17,14 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from ..checkpoint import FORMAT, read_checkpoint, save_model
+from ..checkpoint import FORMAT, read_checkpoint, read_json, save_model
 from ..config import Config
 from ..errors import ConfigError
 from ..files import directory_atomically, recover_directory
 from ..model import SupernetModel
 from ..stochastic import Dispatch
 from .apriel_hybrid import APRIEL_HYBRID
-from .huggingface import read_json, read_model, write_model
+from .huggingface import read_model, write_model
 from .mistral import MISTRAL
 from .placement import place, placement_of_result
 from .pretrained import load_pretrained
@@ -33,6 +32,7 @@ from .pretrained import load_pretrained
 __all__ = ["ConvertConfig", "convert", "load_checkpoint", "load_into", "place", "save_checkpoint"]
 
 FormatName = Literal["tossup", "apriel_hybrid_ssm", "mistral"]
+CHECKPOINT = {"config.json", "model.safetensors"}
 FORMATS = {fmt.model_type: fmt for fmt in (APRIEL_HYBRID, MISTRAL)}
 
 
@@ -122,10 +122,18 @@ def load_into(model: SupernetModel, path: Path | str) -> None:
 
 
 def refuse_foreign(path: Path) -> None:
-    """Replacing a folder deletes what is in it, so it has to be a checkpoint, or empty."""
+    """Replacing a folder deletes what is in it: it has to be empty, or a checkpoint of ours alone.
+
+    Raises ConfigError where it is neither, or has no name by which it could be replaced.
+    """
+    if path.name in ("", "..") or path.is_symlink():
+        raise ConfigError(f"output takes a folder's own name, got {str(path)!r}, which is none")
     recover_directory(path)
-    if path.exists() and not (path / "config.json").exists():
-        if not path.is_dir() or any(path.iterdir()):
-            raise ConfigError(
-                f"output takes a new folder or a checkpoint to replace, and {path} is neither"
-            )
+    if not path.exists():
+        return
+    names = {file.name for file in path.iterdir()} if path.is_dir() else {path.name}
+    if names and not (CHECKPOINT <= names <= CHECKPOINT | {"optimizer.safetensors"}):
+        raise ConfigError(
+            "output takes a new folder, or one that holds a checkpoint and nothing else, "
+            f"and {path} is neither"
+        )

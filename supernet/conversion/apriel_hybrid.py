@@ -7,8 +7,9 @@ that repeats, and both are read. Its other blocks (m2d, gdn, kl, swa, i) have no
 
 from typing import Any
 
-from ..config import ModelConfig, validate
+from ..config import ModelConfig
 from ..errors import ConfigError
+from ..loader import validate
 from .format import (
     Format,
     Settings,

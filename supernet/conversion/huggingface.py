@@ -5,30 +5,16 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..checkpoint import model_tensors, save_tensors
-from ..config import ModelConfig
+from ..checkpoint import model_of, model_tensors, open_tensors, read_json, save_tensors
 from ..errors import ConfigError
 from ..model import SupernetModel
 from ..stochastic import Dispatch
-from .format import Format, Settings
+from .format import Format
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-
-def read_json(path: Path) -> Settings:
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} takes a JSON object, got {type(values).__name__}")
-    return values
 
 
 def read_model(folder: Path, fmt: Format, dispatch: Dispatch) -> SupernetModel:
@@ -67,14 +53,16 @@ def write_model(model: SupernetModel, folder: Path, fmt: Format) -> None:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of one safetensors file, or of the shards that an index lists."""
     if (folder / WEIGHTS).exists():
-        return load_file(folder / WEIGHTS)
+        return open_tensors(folder / WEIGHTS)
     if (folder / INDEX).exists():
-        places = read_json(folder / INDEX)["weight_map"]
+        places = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(places, dict):
+            raise ConfigError(f"{folder / INDEX} takes the key weight_map, an object of file names")
         tensors: dict[str, Tensor] = {}
-        for shard in sorted(set(places.values())):
+        for shard in sorted({str(place) for place in places.values()}):
             if not (folder / shard).exists():
                 raise ConfigError(f"{folder} lacks the shard {shard} that its {INDEX} names")
-            tensors |= load_file(folder / shard)
+            tensors |= open_tensors(folder / shard)
         return tensors
     raise ConfigError(
         f"{folder} holds neither {WEIGHTS} nor {INDEX}; weights are read from safetensors alone"
@@ -87,27 +75,6 @@ def drop_tied_head(stored: dict[str, Tensor], fmt: Format) -> None:
     if head in stored and embedding in stored:
         if not torch.equal(stored.pop(head), stored[embedding]):
             raise ConfigError(f"tie_word_embeddings is set, but {head} differs from {embedding}")
-
-
-def model_of(
-    config: ModelConfig, tensors: dict[str, Tensor], dispatch: Dispatch = "host"
-) -> SupernetModel:
-    """A model without choices whose parameters are these tensors themselves, in their dtypes.
-
-    It is never initialised, which would take time and random numbers.
-    """
-    with torch.device("meta"):
-        model = SupernetModel(config, dispatch)
-    for name, parameter in list(model.named_parameters()):
-        if parameter.shape != tensors[name].shape:
-            raise ConfigError(
-                f"{name} takes shape {tuple(parameter.shape)}, got {tuple(tensors[name].shape)}"
-            )
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(tensors[name]))
-    if config.tie_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
-    return model
 
 
 def most_common_dtype(tensors: dict[str, Tensor]) -> torch.dtype:

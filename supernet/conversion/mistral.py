@@ -4,8 +4,9 @@ What it calls a sliding window is our window: so many tokens, the query itself i
 config.json leaves a setting out, MistralConfig's default holds; no window is an explicit null.
 """
 
-from ..config import AttentionConfig, ModelConfig, validate
+from ..config import AttentionConfig, ModelConfig
 from ..errors import ConfigError
+from ..loader import validate
 from .format import (
     Format,
     Settings,

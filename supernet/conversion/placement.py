@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checkpoint import model_tensors
-from ..config import ModelConfig, validate
+from ..checkpoint import model_of, model_tensors, read_json
+from ..config import ModelConfig
 from ..errors import ConfigError
+from ..loader import validate
 from ..model import SupernetModel
-from .huggingface import model_of, read_json
 
 
 def place(model: SupernetModel, placement: Sequence[str]) -> SupernetModel:

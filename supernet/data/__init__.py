@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from .dataset import IGNORED, Batch, Dataset
-from .mqar import MQAR, MQARConfig, accuracy
+from .mqar import MQAR, MQARConfig
 from .text import Text, TextConfig
 
 DataConfig = Annotated[MQARConfig | TextConfig, Field(discriminator="type")]
@@ -25,6 +25,5 @@ __all__ = [
     "MQARConfig",
     "Text",
     "TextConfig",
-    "accuracy",
     "build_data",
 ]

@@ -15,7 +15,6 @@ from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
 
 from .dataset import IGNORED, Dataset, Stream
 
@@ -110,13 +109,3 @@ def _distinct_weighted(
     """
     rings = random.standard_exponential((shape[0], len(weights))) / weights
     return rings.argsort(axis=1)[:, : shape[1]]
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The fraction of labelled positions whose highest logit is the label; NaN if there are none.
-
-    logits: (batch, length, vocab_size). labels: int64, (batch, length), IGNORED where not scored.
-    Returns a 0-d float32 tensor on their device, which is not read.
-    """
-    right = (logits.argmax(-1) == labels).sum()  # IGNORED is no token, so it never counts as right
-    return right / (labels != IGNORED).sum()

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ...kernels.flash_attention import flash_attention
 from ...kernels.rotary import rotary, rotary_angles
-from .packing import Packing, packing_of, positions_of, refuse_cache
+from .packing import packing_of, refuse_cache
 
 
 class Attention(nn.Module):
@@ -36,13 +36,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, hidden_size, bias=False)
 
-    def preprocess(
-        self, seqlen: int, packing: Packing | None, device: torch.device
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Rotary angles: the same in every layer, so computed once per forward."""
+    def preprocess(self, seqlen: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+        """Rotary angles: the same in every layer, so computed once per forward.
+
+        Rotary attention sees distances alone, so packed sequences need no positions of their own.
+        """
         if self.rope_theta is None:
             return {}
-        positions = positions_of(seqlen, packing, device)
+        positions = torch.arange(seqlen, device=device)
         return {"angles": rotary_angles(positions, self.head_dim, self.rope_theta)}
 
     def forward(
@@ -61,14 +62,13 @@ class Attention(nn.Module):
         batch, seqlen, _width = hidden_states.shape
         packing = packing_of(batch, seqlen, attention_mask, cu_seqlens)
         if angles is None:
-            angles = self.preprocess(seqlen, packing, hidden_states.device).get("angles")
+            angles = self.preprocess(seqlen, hidden_states.device).get("angles")
 
         q = self.q_proj(hidden_states).unflatten(-1, (self.heads, self.head_dim))
         k = self.k_proj(hidden_states).unflatten(-1, (self.kv_heads, self.head_dim))
         v = self.v_proj(hidden_states).unflatten(-1, (self.kv_heads, self.head_dim))
         if angles is not None:
-            cos, sin = (table.expand(batch, -1, -1) for table in angles)
-            q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+            q, k = rotary(q, *angles), rotary(k, *angles)
         window = (-1 if self.window_size is None else self.window_size - 1, -1)
         bounds = None
         if packing is not None:

@@ -41,7 +41,8 @@ def packing_of(
 ) -> Packing | None:
     """The packing that a padding mask or cumulative lengths describe; None where neither is given.
 
-    attention_mask: (batch, seqlen), non-zero where a token counts; padding on either side.
+    attention_mask: (batch, seqlen), non-zero where a token counts, with padding on either side; or
+        that mask made causal, (batch, 1, seqlen, seqlen), as transformers hands it to attention.
     cu_seqlens: (sequences + 1,) int32, with a batch of one row that holds all sequences.
     """
     if attention_mask is not None and cu_seqlens is not None:
@@ -54,6 +55,8 @@ def packing_of(
         return Packing(seq_idx.int()[None], cu_seqlens, None)
     if attention_mask is None:
         return None
+    if attention_mask.shape[1:] == (1, seqlen, seqlen):
+        attention_mask = padding_mask_of(attention_mask).expand(batch, -1)
     if attention_mask.shape != (batch, seqlen):
         raise ValueError(
             f"attention_mask is a padding mask of shape ({batch}, {seqlen}), "
@@ -65,14 +68,20 @@ def packing_of(
     return Packing(mask.int(), cu_seqlens, mask.flatten().nonzero()[:, 0])
 
 
-def positions_of(seqlen: int, packing: Packing | None, device: torch.device) -> Tensor:
-    """Each token's place in its own sequence, (batch, seqlen); one row where all rows agree."""
-    places = torch.arange(seqlen, device=device)[None]
-    if packing is None:
-        return places
-    starts = torch.ones_like(packing.seq_idx, dtype=torch.bool)
-    starts[:, 1:] = packing.seq_idx[:, 1:] != packing.seq_idx[:, :-1]
-    return places - torch.where(starts, places, 0).cummax(1).values
+def padding_mask_of(attention_mask: Tensor) -> Tensor:
+    """The (batch, seqlen) padding mask behind a causal (batch, 1, seqlen, seqlen) one.
+
+    Boolean, or additive with 0 where a key is seen, as transformers makes them. Its last query sees
+    every token that counts. Raises ValueError where a query of a token that counts sees anything
+    but the tokens before it, as in windowed and packed masks.
+    """
+    rows = attention_mask[:, 0]
+    sees = rows if rows.dtype == torch.bool else rows == 0
+    counts = sees[:, -1]
+    causal = torch.ones_like(sees[0]).tril() & counts[:, None]
+    if not torch.equal(sees & counts[..., None], causal & counts[..., None]):
+        raise ValueError("attention_mask is neither a padding mask nor causal with padding")
+    return counts
 
 
 def refuse_cache(past_key_values: object, use_cache: bool) -> None:

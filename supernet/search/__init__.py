@@ -1,16 +1,16 @@
-"""Search: find the best placement under a budget of layers per mixer."""
+"""Search: find the best placement under a budget of layers per mixer.
+
+What touches the disk stays in modules of its own, `journal`, `result` and `run`: the models'
+configuration holds a search's, and is to be had where no file can be locked.
+"""
 
 from .beam import beam_search, max_evaluations
 from .config import SearchConfig
 from .exhaustive import exhaustive_search
-from .journal import Fingerprints, Journal
-from .result import pareto_set, result_of, write_result
 from .scoring import Objective, Score, Scored, ScoreFunction, SearchOutcome
 from .space import Placement, SearchSpace, all_placements, layers_of
 
 __all__ = [
-    "Fingerprints",
-    "Journal",
     "Objective",
     "Placement",
     "Score",
@@ -24,10 +24,7 @@ __all__ = [
     "exhaustive_search",
     "layers_of",
     "max_evaluations",
-    "pareto_set",
-    "result_of",
     "search",
-    "write_result",
 ]
 
 

@@ -13,8 +13,6 @@ from pydantic import (
     model_validator,
 )
 
-LOWER_IS_BETTER = ("loss", "perplexity", "nll", "error")
-
 
 class SearchConfig(BaseModel):
     """What to search for, how, and on how much data.
@@ -22,7 +20,7 @@ class SearchConfig(BaseModel):
     Budgets are checked against the model's layers and mixers by `SearchSpace.from_budgets`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     training_config: Path | None = Field(None, description="the run whose model is searched")
     budgets: list[StrictInt] | dict[str, StrictInt] = Field(
@@ -36,7 +34,7 @@ class SearchConfig(BaseModel):
         0.001, description="the least improvement that one more layer has to bring, if early_stop"
     )
     exhaustive_limit: PositiveInt = Field(4096, description="placements; more are refused")
-    score_metric: str = Field(description="the metric to rank by, such as loss or accuracy")
+    score_metric: Literal["loss", "accuracy"] = Field(description="the metric to rank by")
     higher_is_better: bool = True
     batches: PositiveInt = Field(8, description="evaluation batches, the same for all placements")
     batch_size: PositiveInt = Field(16, description="samples in an evaluation batch")
@@ -54,14 +52,27 @@ class SearchConfig(BaseModel):
 
     @model_validator(mode="after")
     def direction_fits(self) -> "SearchConfig":
-        name = self.score_metric.rsplit("/", 1)[-1]
-        if name.endswith(LOWER_IS_BETTER) and "higher_is_better" not in self.model_fields_set:
+        if self.score_metric == "loss" and "higher_is_better" not in self.model_fields_set:
             raise ValueError(
-                f"score_metric is {self.score_metric!r}, which is better when lower, while "
+                "score_metric is 'loss', which is better when lower, while "
                 "higher_is_better is true by default; say which one holds"
             )
+        return self
+
+    @model_validator(mode="after")
+    def errors_are_defined(self) -> "SearchConfig":
+        check_samples(self.batches, self.batch_size)
         return self
 
     @property
     def journal(self) -> Path:
         return self.journal_path or self.output_path.with_suffix(".journal.jsonl")
+
+
+def check_samples(batches: int, batch_size: int) -> None:
+    """Raises ValueError unless there are samples enough for a standard error."""
+    if batches * batch_size < 2:
+        raise ValueError(
+            "standard errors take evaluation batches of two samples or more in all, "
+            f"got {batches} of {batch_size}"
+        )

@@ -1,5 +1,6 @@
 """Exhaustive search: score every placement that fills the budgets exactly. For few layers."""
 
+from ..errors import ConfigError
 from .scoring import Objective, Scoreboard, ScoreFunction, SearchOutcome
 from .space import SearchSpace
 
@@ -14,11 +15,11 @@ def exhaustive_search(
 ) -> SearchOutcome:
     """Find the best placement in `space` for certain, in one call of `score`.
 
-    limit: the most placements to score. ValueError when the budgets allow more.
+    limit: the most placements to score. ConfigError when the budgets allow more.
     keep: how many of the best the outcome lists.
     """
     if space.size > limit:
-        raise ValueError(
+        raise ConfigError(
             f"budgets {space.budgets} over {space.layers} layers allow {space.size} placements; "
             f"an exhaustive search takes at most {limit}: use method: beam, or raise "
             "exhaustive_limit"

@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
+from ..errors import ConfigError
 from .scoring import Score, ScoreFunction, evaluate
 from .space import Placement
 
@@ -66,8 +67,8 @@ class Journal:
     fingerprints: of the model, the data and the settings that `score` evaluates with.
     chunk: placements per call of `score`.
 
-    One process at a time may hold a journal open (RuntimeError); use it in a `with` block.
-    ValueError on a line that is not a record.
+    One process at a time may hold a journal open; use it in a `with` block. Raises ConfigError
+    where another one does, where the file cannot be opened, and on a line that is not a record.
     """
 
     def __init__(
@@ -79,8 +80,11 @@ class Journal:
         self._score = score
         self._fingerprints = fingerprints
         self._chunk = chunk
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+b")
+        except OSError as error:
+            raise ConfigError(f"cannot open the journal {self.path}: {error.strerror}") from error
         try:
             self._lock()
             self._known = self._read()
@@ -138,7 +142,7 @@ class Journal:
                 break
             record = self._parse(number, line)
             if pending and record.more != pending[-1].more - 1:
-                raise ValueError(
+                raise ConfigError(
                     f"{self.path}, line {number}: lines are missing before this one; "
                     "remove the file to score everything again"
                 )
@@ -154,7 +158,7 @@ class Journal:
         try:
             return Record.model_validate(json.loads(line))
         except ValueError as error:
-            raise ValueError(
+            raise ConfigError(
                 f"{self.path}, line {number}: not a record of a score; "
                 "remove the file to score everything again"
             ) from error
@@ -163,7 +167,7 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RuntimeError(f"{self.path} is in use by another search") from error
+            raise ConfigError(f"{self.path} is in use by another search") from error
 
 
 def _line(record: Record) -> bytes:

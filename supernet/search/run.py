@@ -1,19 +1,21 @@
 """A search from configuration to result: model, held-out batches, journal, files."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from ..checkpoint import read_checkpoint
-from ..config import RunConfig, SearchConfig, StochasticMixerConfig
-from ..conversion import save_checkpoint
+from ..config import ModelConfig, RunConfig, SearchConfig
+from ..conversion import load_checkpoint, refuse_foreign, save_checkpoint
 from ..data import build_data
+from ..devices import device_of
 from ..errors import ConfigError
 from ..evaluate import evaluate_placements
-from ..train import latest_checkpoint
+from ..run_folder import differences, latest_checkpoint
 from . import search
 from .beam import max_evaluations
 from .journal import Fingerprints, Journal
@@ -25,32 +27,28 @@ from .space import Placement, SearchSpace
 def run_search(run: RunConfig, config: SearchConfig) -> dict[str, Any]:
     """Search the run's newest checkpoint, write the result (and a checkpoint), and return it.
 
-    Raises ConfigError where the budgets do not fit the model, or the model is no supernet.
+    Raises ConfigError where the checkpoint is no supernet or not of the run's model, where the
+    budgets do not fit it, and where the files cannot be written.
     """
-    if not isinstance(run.model.mixer, StochasticMixerConfig) or not run.model.is_supernet:
-        raise ConfigError("search takes a run whose model.mixer is of type stochastic")
-    try:
-        space = SearchSpace.from_budgets(
-            run.model.num_layers, list(run.model.mixers), config.budgets
-        )
-    except ValueError as error:
-        raise ConfigError(f"search.{error}") from error
-
+    check_outputs(config)
     checkpoint = latest_checkpoint(run.output)
-    model = read_checkpoint(checkpoint, run.training.dispatch).to(run.training.device)
+    model = load_checkpoint(checkpoint, run.training.dispatch).to(device_of(run.training.device))
+    check_model(run.model, model.config)
+    space = SearchSpace.from_budgets(
+        model.config.num_layers, list(model.mixer_names), config.budgets
+    )
     data = build_data(run.data, run.seed)
     batches = data.evaluation(config.batches, config.batch_size)
-    fingerprints = Fingerprints(
-        fingerprint_of(checkpoint),
-        data.fingerprint(),
-        config.model_dump(include={"batches", "batch_size", "candidates_per_forward"}),
-    )
+    settings = config.model_dump(include={"batches", "batch_size", "candidates_per_forward"})
+    settings |= run.training.model_dump(include={"dispatch", "device"})
+    settings["torch"] = torch.__version__
+    fingerprints = Fingerprints(fingerprint_of(checkpoint), data.fingerprint(), settings)
     total = space.size
     if config.method == "beam":
         total = max_evaluations(
             space, config.beam_width, config.initial_beam_width, config.early_stop
         )
-    bar = tqdm(total=total, unit="placement", desc="search", dynamic_ncols=True)
+    bar = tqdm(total=total, unit="placement", desc="search", dynamic_ncols=True, delay=1)
 
     def score(placements: Sequence[Placement]) -> list[Score]:
         scores = evaluate_placements(model, batches, placements)
@@ -75,6 +73,34 @@ def run_search(run: RunConfig, config: SearchConfig) -> dict[str, Any]:
             outcome.winner.placement,
         )
     return result
+
+
+def check_outputs(config: SearchConfig) -> None:
+    """Find out before the search whether its files can be written, and not after it."""
+    try:
+        config.output_path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output_path: cannot make the folder of {config.output_path}: {error.strerror}"
+        ) from error
+    if config.output_path.is_dir():
+        raise ConfigError(f"output_path takes a file, got the folder {config.output_path}")
+    if not os.access(config.output_path.parent, os.W_OK):
+        raise ConfigError(f"output_path: cannot write into {config.output_path.parent}")
+    if config.output_checkpoint_path is not None:
+        refuse_foreign(config.output_checkpoint_path)
+
+
+def check_model(wanted: ModelConfig, found: ModelConfig) -> None:
+    """Raises ConfigError unless a checkpoint's model is the run's, and a supernet."""
+    if not found.is_supernet:
+        raise ConfigError("search takes a run whose model.mixer is of type stochastic")
+    was, now = (config.model_dump(mode="json") for config in (found, wanted))
+    for key, theirs, ours in differences(was, now, "model"):
+        raise ConfigError(
+            f"{key} is {ours}, and the checkpoint was trained with {theirs}: "
+            "search with the configuration of the training"
+        )
 
 
 def fingerprint_of(checkpoint: Path) -> str:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..errors import ConfigError
 from .space import Placement, SearchSpace
 
 
@@ -24,14 +25,14 @@ ScoreFunction = Callable[[Sequence[Placement]], list[Score]]
 
 
 def evaluate(score: ScoreFunction, placements: Sequence[Placement]) -> list[Score]:
-    """Call `score` and check what comes back. ValueError on a number that is not finite."""
+    """Call `score` and check what comes back. ConfigError on a number that is not finite."""
     scores = score(placements)
     if len(scores) != len(placements):
         raise ValueError(f"score returned {len(scores)} scores for {len(placements)} placements")
     for placement, result in zip(placements, scores, strict=True):
         for name, value in (*result.metrics.items(), *result.standard_errors.items()):
             if not math.isfinite(value):
-                raise ValueError(
+                raise ConfigError(
                     f"{name} of placement {'/'.join(placement)} is {value}; "
                     "a search needs finite scores"
                 )
@@ -46,9 +47,9 @@ class Objective:
     higher_is_better: bool
 
     def value(self, score: Score) -> float:
-        """The metric. ValueError when the evaluation does not report it."""
+        """The metric. ConfigError when the evaluation does not report it."""
         if self.metric not in score.metrics:
-            raise ValueError(
+            raise ConfigError(
                 f"score_metric is {self.metric!r}; the evaluation reports {sorted(score.metrics)}"
             )
         return score.metrics[self.metric]

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 
+from ..errors import ConfigError
+
 Placement = tuple[str, ...]  # one mixer name per layer
 Budgets = list[int] | dict[str, int]
 
@@ -30,12 +32,12 @@ class SearchSpace:
 
         A list gives the first mixers their budgets in declared order, and the next one fills. A
         dict names the mixers; they are placed in its order, and the first one it leaves out fills.
-        ValueError names the budget that cannot be met.
+        ConfigError names the budget that cannot be met.
         """
         if len(set(mixers)) != len(mixers):
-            raise ValueError(f"mixers must have different names, got {list(mixers)}")
+            raise ConfigError(f"mixers must have different names, got {list(mixers)}")
         if not 0 < len(budgets) < len(mixers):
-            raise ValueError(
+            raise ConfigError(
                 f"budgets has {len(budgets)} entries; {len(mixers)} mixers take 1 to "
                 f"{len(mixers) - 1}, as one mixer fills the other layers"
             )
@@ -43,12 +45,12 @@ class SearchSpace:
             budgets = dict(zip(mixers, budgets, strict=False))
         for mixer, count in budgets.items():
             if mixer not in mixers:
-                raise ValueError(f"budgets names {mixer!r}; the mixers are {list(mixers)}")
+                raise ConfigError(f"budgets names {mixer!r}; the mixers are {list(mixers)}")
             if count <= 0:
-                raise ValueError(f"budgets gives {mixer!r} {count} layers; it must be at least 1")
+                raise ConfigError(f"budgets gives {mixer!r} {count} layers; it must be at least 1")
         if sum(budgets.values()) > layers:
             counts = " + ".join(map(str, budgets.values()))
-            raise ValueError(
+            raise ConfigError(
                 f"budgets asks for {counts} = {sum(budgets.values())} layers; "
                 f"the model has {layers}"
             )

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,15 +13,19 @@ import pytest
 import torch
 import yaml
 
+import tossup
 from tests.supernet.tiny import run_values
 from tossup.supernet.cli import main
-from tossup.supernet.config import RunConfig, SearchConfig, validate
+from tossup.supernet.config import RunConfig, SearchConfig
 from tossup.supernet.conversion import load_checkpoint
 from tossup.supernet.data import build_data
 from tossup.supernet.evaluate import evaluate_model, evaluate_placements
+from tossup.supernet.loader import validate
+from tossup.supernet.run_folder import latest_checkpoint
 from tossup.supernet.search import all_placements
+from tossup.supernet.search.journal import Fingerprints, Journal
 from tossup.supernet.search.run import run_search
-from tossup.supernet.train import latest_checkpoint, train
+from tossup.supernet.train import train
 
 
 @pytest.fixture(scope="module")
@@ -145,25 +151,215 @@ def test_eval_measures_what_it_is_told_to(trained, capsys):
         assert printed["metrics"] == dict(evaluate_model(model, batches, expected).metrics)
 
 
+@pytest.fixture
+def scene(trained, tmp_path):
+    """A folder with copies of the run's file and folder, to be spoilt."""
+    shutil.copytree(run_of(trained).output, tmp_path / "run")
+    values = yaml.safe_load(trained.read_text())
+    values["output"] = str(tmp_path / "run")
+    values["search"]["output_path"] = str(tmp_path / "search.json")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+def spoil(scene, spoilt):
+    """Give files of the scene other contents; None takes one away."""
+    for name, content in spoilt.items():
+        (path,) = scene.glob(name) if "*" in name else (scene / name,)
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content)
+
+
+def one_line(capsys):
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    return line
+
+
+WEIGHTS = "run/checkpoints/*30/model.safetensors"
+MOMENTS = "run/checkpoints/*30/optimizer.safetensors"
+DESCRIPTION = "run/checkpoints/*30/config.json"
+LATIN = {"run.yaml": "output: Zürich".encode("latin-1")}
+
+
 @pytest.mark.parametrize(
-    "arguments, sentence",
+    "command, sentence, spoilt",
     [
-        (["train", "{path}", "training.steps=-1"], "training.steps: .* greater than 0, got -1"),
-        (["search", "{path}", "search.budgets=[5]"], "search.budgets asks for 5 = 5 layers"),
-        (["search", "{path}", "search.budgets=[1, 1]"], "search.budgets has 2 entries"),
-        (["search", "{path}", "output=nowhere"], "nowhere holds no checkpoint"),
-        (["search", "{path}", "search=null"], "search: is required"),
-        (["eval", "absent.yaml"], "cannot read absent.yaml"),
+        # configurations
+        ("train training.steps=-1", "training.steps: input should be greater than 0, got -1", {}),
+        ("train training.frozen=[1,", r"training.frozen=\[1, is not YAML", {}),
+        ("train", "run.yaml is not UTF-8 at byte 9", LATIN),
+        ("train training.betas=[0.9,2.0]", "training.betas.1: .* got 2.0", {}),
+        (
+            "train training.learning_rate=.inf",
+            "learning_rate: .* a finite number, got inf",
+            {},
+        ),
+        ("train training.warmup_steps=99", "warmup_steps takes at most the 30 steps, got 99", {}),
+        ("train model.mixer.mixers.attention.head_dim=3", "head_dim must be even", {}),
+        ("train model.mixer.mixers.mamba.dt_rank=foo", "dt_rank: .* or 'auto', got 'foo'", {}),
+        ("train search.training_config=x.yaml", "search.training_config goes in a file", {}),
+        ("train output={}/new training.frozen=[x.*]", "training.frozen takes .* 'x.*'", {}),
+        ("train output={}/new training.frozen=['*']", "training.frozen", {}),
+        *(
+            (f"{command} training.device={device}", f"training.device.* got '{device}'", {})
+            for command in ("train output={}/new", "eval", "search")
+            for device in ("gpu", "xpu", "meta")
+        ),
+        ("search search.budgets=3", "search.budgets: .*, got 3", {}),
+        ("search search.budgets=[5]", "budgets asks for 5 = 5 layers", {}),
+        ("search search.budgets=[1,1]", "budgets has 2 entries", {}),
+        (
+            "search search.score_metric=acuracy",
+            "'loss' or 'accuracy', got 'acuracy'",
+            {},
+        ),
+        ("search search.method=exhaustive search.exhaustive_limit=5", "allow 6 placements", {}),
+        ("search search.batches=1 search.batch_size=1", "two samples or more", {}),
+        ("search search=null", "search: is required", {}),
+        ("search model.norm_eps=0.1", "model.norm_eps is 0.1, .* was trained with 1e-05", {}),
+        ("search model.num_layers=3", "model.num_layers is 3, .* was trained with 4", {}),
+        ("eval placement=[attention]", "placement takes one mixer name for each of the 4", {}),
+        ("eval placement=[gdn,mamba,mamba,mamba]", "placement takes names .* got 'gdn'", {}),
+        (
+            "eval data.vocab_size=64 model.vocab_size=64",
+            "64 tokens or more, got one of 32",
+            {},
+        ),
+        ("eval training.evaluation_batches=1 training.batch_size=1", "two samples or more", {}),
+        # folders and files
+        ("train output={}/run.yaml", "cannot write in .*run.yaml: ", {}),
+        ("search output={}/nowhere", "nowhere holds no checkpoint", {}),
+        ("search search.output_path={}/empty", "output_path takes a file, got the folder", {}),
+        ("search search.output_path={}/run.yaml/x", "cannot make the folder of .*run.yaml/x", {}),
+        ("search search.journal_path={}/empty", "cannot open the journal .*empty: ", {}),
+        ("search search.output_checkpoint_path={}", "output takes a new folder, or one", {}),
+        ("search", "search.journal.jsonl, line 1: not a record", {"search.journal.jsonl": b"x\n"}),
+        ("train", "config.yaml does not describe .* is not YAML", {"run/config.yaml": b"a: ["}),
+        ("train", "config.yaml does not describe .* is required", {"run/config.yaml": b""}),
+        ("train", "config.yaml does not describe .* a mapping", {"run/config.yaml": b"run"}),
+        ("train", "metrics.jsonl: line 1 is no record", {"run/metrics.jsonl": b"garbage\n"}),
+        ("train", "cannot read tensors from .*optimizer", {MOMENTS: None}),
+        ("train", "cannot read tensors from .*optimizer", {MOMENTS: b"garbage"}),
+        ("eval", "cannot read tensors from .*model.safetensors", {WEIGHTS: None}),
+        ("eval", "cannot read tensors from .*model.safetensors", {WEIGHTS: b"garbage"}),
+        ("search", "cannot read tensors from .*model.safetensors", {WEIGHTS: b"\x08" + bytes(20)}),
+        ("eval", "config.json takes the key model", {DESCRIPTION: b'{"model_type": "tossup"}'}),
+        ("eval", "config.json is not JSON", {DESCRIPTION: b"{"}),
+        ("eval", "cannot read .*config.json: No such file", {DESCRIPTION: None}),
     ],
 )
-def test_wrong_configuration_is_one_line_and_exit_code_2(trained, capsys, arguments, sentence):
-    code = main([argument.format(path=trained) for argument in arguments])
-    error = capsys.readouterr().err
-    assert code == 2
-    assert len(error.splitlines()) == 1
-    import re
+def test_a_mistake_is_one_line_and_exit_code_2(scene, capsys, command, sentence, spoilt):
+    spoil(scene, spoilt)
+    name, *overrides = command.format(scene).split()
+    assert main([name, str(scene / "run.yaml"), *overrides]) == 2
+    assert re.search(sentence, one_line(capsys))
 
-    assert re.search(sentence, error)
+
+@pytest.mark.parametrize(
+    "output, sentence",
+    [
+        (".", "output takes a folder's own name, got '.'"),
+        ("..", "output takes a folder's own name, got '..'"),
+        ("link", "output takes a folder's own name, got 'link'"),
+        ("run", "output takes a new folder, or one that holds a checkpoint .* run is neither"),
+        ("run.yaml", "run.yaml is neither"),
+        ("run.yaml/out", "run.yaml.*: Not a directory"),
+    ],
+)
+def test_convert_refuses_what_it_cannot_replace(scene, capsys, monkeypatch, output, sentence):
+    monkeypatch.chdir(scene)
+    (scene / "link").symlink_to("empty")
+    assert main(["convert", f"input={latest_checkpoint(scene / 'run')}", f"output={output}"]) == 2
+    assert re.search(sentence, one_line(capsys))
+    assert (scene / "run" / "metrics.jsonl").exists() and (scene / "link").is_symlink()
+
+
+def test_a_journal_in_use_is_one_line_and_exit_code_2(scene, capsys):
+    with Journal(scene / "search.journal.jsonl", no_score, Fingerprints("m", "d", {}), 1):
+        assert main(["search", str(scene / "run.yaml")]) == 2
+    assert "is in use by another search" in one_line(capsys)
+
+
+def no_score(placements):
+    raise AssertionError("nothing is to be scored")
+
+
+def test_eval_of_an_ordinary_model_takes_its_own_placement(scene, capsys):
+    own, other = "[mamba,mamba,attention,mamba]", "[mamba,mamba,mamba,mamba]"
+    words = [f"input={latest_checkpoint(scene / 'run')}", f"output={scene}/placed"]
+    assert main(["convert", *words, f"placement={own}"]) == 0
+    words = ["eval", str(scene / "run.yaml"), f"checkpoint={scene}/placed"]
+    assert main([*words, f"placement={own}"]) == 0
+    capsys.readouterr()
+    assert main([*words, f"placement={other}"]) == 2
+    assert "this one holds a model of one placement" in one_line(capsys)
+
+
+def test_eval_of_a_plain_mixer_takes_its_name(tmp_path, capsys):
+    values = run_values(tmp_path / "run", steps=1)
+    values["model"]["mixer"] = {"type": "attention", "heads": 4}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert main(["train", str(path)]) == 0
+    assert main(["eval", str(path), "placement=[attention,attention]"]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(path), "placement=[attention]"]) == 2
+    assert "placement takes one mixer name for each of the 2 layers" in one_line(capsys)
+
+
+def test_a_search_reuses_scores_of_the_same_checkpoint_data_and_settings_alone(scene, capsys):
+    journal = scene / "search.journal.jsonl"
+
+    def evaluated(*overrides):
+        """How many placements a search scores that no search before it has scored."""
+        before = len(journal.read_bytes().splitlines()) if journal.exists() else 0
+        assert main(["search", str(scene / "run.yaml"), *overrides]) == 0
+        return len(journal.read_bytes().splitlines()) - before
+
+    other = f"output={scene}/other"
+    assert main(["train", str(scene / "run.yaml"), other, "training.steps=31"]) == 0
+    assert evaluated() > 0
+    assert evaluated() == 0
+    for overrides in (
+        [other],  # the same model, trained on
+        ["seed=4"],  # other data
+        ["search.batches=2"],
+        ["search.batch_size=4"],
+        ["search.candidates_per_forward=2"],
+        ["training.dispatch=dense"],
+    ):
+        assert evaluated(*overrides) > 0, overrides
+        assert evaluated(*overrides) == 0, overrides
+
+
+def test_a_file_name_may_hold_an_equals_sign(scene, capsys):
+    path = (scene / "run.yaml").rename(scene / "steps=30.yaml")
+    assert main(["eval", str(path)]) == 0
+    assert main(["eval", "absent.yaml"]) == 2
+    assert "cannot read absent.yaml: No such file" in one_line(capsys)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"tossup {tossup.__version__}\n"
+
+
+def test_the_models_need_no_file_locks():
+    """fcntl is POSIX's alone; a StochasticMixer is to be had everywhere."""
+    code = """
+import sys
+sys.modules["fcntl"] = None
+import tossup
+print(*(getattr(tossup, name).__name__ for name in tossup.__all__ if name[0].isupper()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "StochasticMixer" in done.stdout, done.stderr
 
 
 def test_a_search_needs_a_supernet(trained, tmp_path):

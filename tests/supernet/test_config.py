@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from tossup.kernels.routing import Strategy
-from tossup.supernet.config import RunConfig, StochasticMixerConfig, load_config
+from tossup.supernet.config import RunConfig, StochasticMixerConfig
 from tossup.supernet.errors import ConfigError
+from tossup.supernet.loader import load_config
 
 MIXERS = {
     "attention": {"type": "attention", "heads": 4},
@@ -25,6 +26,7 @@ RUN = {
     "data": {"type": "mqar", "vocab_size": 64, "length": 32, "pairs": 4},
     "training": {"steps": 2, "batch_size": 2},
 }
+SEARCH = {"budgets": [1], "score_metric": "accuracy", "output_path": "search.json"}
 
 
 def write(tmp_path, **changes):
@@ -161,7 +163,11 @@ def test_overrides_are_yaml_values_at_dotted_keys(tmp_path):
             {"model__mixer__mixers": {"a.b": MIXERS["mamba"]}},
             "a mixer's name takes letters, digits, - and _, .* got 'a.b'",
         ),
-        ({"model__mixer__mixers": {"keys": MIXERS["mamba"]}}, "method of .*ModuleDict, got 'keys'"),
+        (
+            {"model__mixer__mixers": {"keys": MIXERS["mamba"]}},
+            "attribute of .* got 'keys'",
+        ),
+        ({"model__mixer__mixers": {"training": MIXERS["mamba"]}}, "attribute of .* got 'training'"),
         (
             {"model__placement": ["mamba"]},
             r"model: placement takes one mixer name for each of the 2 layers, got \['mamba'\]",
@@ -183,13 +189,65 @@ def test_overrides_are_yaml_values_at_dotted_keys(tmp_path):
             {"model__mixer__mixers": {"m": {"type": "mamba", "d_inner": 40, "d_xb": 16}}},
             r"mixers.m: d_inner must be a multiple of d_xb \(16\), got 40",
         ),
-        ({"model__mixer__mixers": {"m": {"type": "gdn"}}}, "model.mixer.mixers.m: .*'gdn'"),
+        (
+            {"model__mixer__mixers": {"m": {"type": "gdn", "d_inner": 1}}},
+            "^model.mixer.mixers.m.type: takes one of 'attention', 'mamba', 'mamba1', got 'gdn'$",
+        ),
+        ({"model__mixer__mixers": {"m": {"heads": 1}}}, "^model.mixer.mixers.m.type: is required$"),
+        (
+            {"model__mixer__mixers": {"attention": {"type": "attention"}}},
+            "^model.mixer.mixers.attention.heads: is required$",
+        ),
+        (
+            {"model__mixer": {"type": "attention", "heads": 4, "attention": 1}},
+            "^model.mixer.attention: is not a known key$",
+        ),
+        (
+            {"model__mixer__mixers": {"mamba": {"type": "mamba", "d_inner": 8, "dt_rank": "foo"}}},
+            "^model.mixer.mixers.mamba.dt_rank: .* a valid integer or 'auto', got 'foo'$",
+        ),
+        (
+            {"model__mixer__mixers": {"m": MIXERS["mamba"] | {"dt_min": 0.1, "dt_max": 0.1}}},
+            r"mixers.m: dt_min must be below dt_max \(0.1\), got 0.1",
+        ),
+        (
+            {"model__mixer__mixers": {"a": MIXERS["attention"] | {"head_dim": 3}}},
+            "mixers.a: head_dim must be even where rope_theta is given, got 3",
+        ),
+        (
+            {"model__hidden_size": 36, "model__mixer__mixers": {"a": MIXERS["attention"]}},
+            "model: head_dim must be even where rope_theta is given, got 9",
+        ),
+        (
+            {"model__norm_eps": float("inf")},
+            "model.norm_eps: .* a finite number, got inf",
+        ),
+        (
+            {"search": SEARCH | {"budgets": 3}},
+            "^search.budgets: input should be a valid list or a valid dictionary, got 3$",
+        ),
+        (
+            {"search": SEARCH | {"budgets": [1.5]}},
+            "^search.budgets.0: input should be a valid int.* 1.5",
+        ),
+        (
+            {"search": SEARCH | {"budgets": {"mamba": "x"}}},
+            "^search.budgets.mamba: input should be a valid integer, got 'x'$",
+        ),
+        (
+            {"search": SEARCH | {"score_metric": "acuracy"}},
+            "^search.score_metric: input should be 'loss' or 'accuracy', got 'acuracy'$",
+        ),
+        (
+            {"search": SEARCH | {"training_config": "other.yaml"}},
+            "^search.training_config goes in a file that holds a search alone; .* other.yaml$",
+        ),
         ({"training__steps": 0}, "training.steps: .* greater than 0, got 0"),
-        ({"training__stepz": 1}, "training.stepz: is not a known key, got 1"),
-        ({"data__type": "web"}, "data: .*'web'"),
+        ({"training__stepz": 1}, "training.stepz: is not a known key$"),
+        ({"data__type": "web"}, "^data.type: takes one of 'mqar', 'text', got 'web'$"),
         (
             {"data__vocab_size": 65},
-            "the configuration: model.vocab_size must hold the data's 65 tokens, got 64",
+            "^model.vocab_size must hold the data's 65 tokens, got 64",
         ),
         (
             {
@@ -212,6 +270,15 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [1")
     with pytest.raises(ConfigError, match=r"bad.yaml is not YAML"):
         load_config(tmp_path / "bad.yaml", (), RunConfig)
+    (tmp_path / "list.yaml").write_text("[]")
+    with pytest.raises(ConfigError, match=r"list.yaml takes a mapping of keys to values"):
+        load_config(tmp_path / "list.yaml", (), RunConfig)
+    (tmp_path / "latin.yaml").write_bytes("output: Zürich".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin.yaml is not UTF-8 at byte 9"):
+        load_config(tmp_path / "latin.yaml", (), RunConfig)
+    for value in ("[1,", "2024-13-45"):
+        with pytest.raises(ConfigError, match=r"^seed=.* is not YAML: .*$"):
+            load_config(write(tmp_path), (f"seed={value}",), RunConfig)
     with pytest.raises(ConfigError, match="form key=value, got 'steps'"):
         load_config(write(tmp_path), ("steps",), RunConfig)
     with pytest.raises(ConfigError, match=r"seed\.x goes inside seed, which is 1"):

@@ -15,7 +15,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from tossup.supernet import conversion
 from tossup.supernet.checkpoint import model_tensors
-from tossup.supernet.config import ModelConfig, load_config
+from tossup.supernet.config import ModelConfig
 from tossup.supernet.conversion import (
     ConvertConfig,
     convert,
@@ -25,6 +25,7 @@ from tossup.supernet.conversion import (
     save_checkpoint,
 )
 from tossup.supernet.errors import ConfigError
+from tossup.supernet.loader import load_config
 from tossup.supernet.model import SupernetModel
 
 DATA = Path(__file__).parents[1] / "data"
@@ -526,13 +527,38 @@ class TestRefusedExports:
             save_checkpoint(model, tmp_path / "out", placement=("attention",) * 3)
 
     def test_folders_that_are_no_checkpoint_are_kept(self, tmp_path):
-        (tmp_path / "thesis.tex").write_text("years of work")
-        for path in (tmp_path, tmp_path / "thesis.tex"):
-            with pytest.raises(
-                ConfigError, match="output takes a new folder or a checkpoint to re"
-            ):
-                save_checkpoint(supernet(), path)
-        assert (tmp_path / "thesis.tex").read_text() == "years of work"
+        model, thesis = supernet(), tmp_path / "thesis.tex"
+        thesis.write_text("years of work")
+        for path in (tmp_path, thesis):
+            with pytest.raises(ConfigError, match="one that holds a checkpoint and nothing else"):
+                save_checkpoint(model, path)
+        (tmp_path / "config.json").write_text("{}")
+        with pytest.raises(ConfigError, match="one that holds a checkpoint and nothing else"):
+            save_checkpoint(model, tmp_path)
+        thesis.rename(tmp_path.with_suffix(".tex"))
+        with pytest.raises(ConfigError, match="one that holds a checkpoint and nothing else"):
+            save_checkpoint(model, tmp_path)  # any program may call a file config.json
+        assert tmp_path.with_suffix(".tex").read_text() == "years of work"
+
+    def test_an_import_is_not_replaced_with_its_tokenizer(self, tmp_path):
+        save_checkpoint(supernet(), tmp_path / "hf", "mistral", ("attention",) * 3)
+        (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+        config = ConvertConfig(input=tmp_path / "hf", output=tmp_path / "hf")
+        with pytest.raises(ConfigError, match="one that holds a checkpoint and nothing else"):
+            convert(config)
+        assert (tmp_path / "hf" / "tokenizer.json").exists()
+        (tmp_path / "hf" / "tokenizer.json").unlink()
+        convert(config)
+        assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "tossup"
+
+    def test_a_training_checkpoint_may_be_replaced(self, tmp_path):
+        save_checkpoint(supernet(), tmp_path / "out")
+        (tmp_path / "out" / "optimizer.safetensors").write_bytes(b"")
+        save_checkpoint(supernet(), tmp_path / "out")
+        assert not (tmp_path / "out" / "optimizer.safetensors").exists()
+        (tmp_path / "empty").mkdir()
+        save_checkpoint(supernet(), tmp_path / "empty")
+        assert load_checkpoint(tmp_path / "empty").config.is_supernet
 
 
 class TestInterruptedExports:

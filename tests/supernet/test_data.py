@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from scipy import stats
 
-from tossup.supernet.data import IGNORED, DataConfig, MQARConfig, TextConfig, accuracy, build_data
+from tossup.supernet.data import IGNORED, DataConfig, MQARConfig, TextConfig, build_data
 from tossup.supernet.errors import ConfigError
 
 SMALL = MQARConfig(vocab_size=12, length=16, pairs=2, random_non_queries=False)
@@ -256,17 +256,3 @@ def test_configurations_are_told_apart_by_type():
             adapter.validate_python(wrong)
     with pytest.raises(ValidationError, match="frozen"):
         found.length = 3
-
-
-def test_accuracy_counts_labelled_positions_only():
-    torch.manual_seed(0)
-    logits, labels = torch.randn(4, 9, 5), torch.randint(5, (4, 9))
-    labels[torch.rand(4, 9) < 0.6] = IGNORED
-    right = total = 0
-    for sample, position in itertools.product(range(4), range(9)):
-        if labels[sample, position] != IGNORED:
-            total += 1
-            right += int(logits[sample, position].argmax() == labels[sample, position])
-    assert 0 < right < total
-    torch.testing.assert_close(accuracy(logits, labels), torch.tensor(right / total))
-    assert accuracy(logits, torch.full_like(labels, IGNORED)).isnan()

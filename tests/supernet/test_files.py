@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tossup.supernet.files import directory_atomically, recover_directory, write_atomically
+from tossup.supernet.files import (
+    directory_atomically,
+    exclusive,
+    recover_directory,
+    write_atomically,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,3 +81,32 @@ def test_a_kill_during_the_replacement_keeps_the_previous_directory(tmp_path, re
     with directory_atomically(path) as folder:
         assert not os.listdir(folder)
     assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+HOLD = """
+import sys
+from tossup.supernet.files import exclusive
+with exclusive(sys.argv[1]):
+    print("inside", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_admits_one_process_and_is_free_again_when_that_ends(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "new")]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"inside\n"
+        with pytest.raises(BlockingIOError), exclusive(tmp_path / "new"):
+            pass
+        other.kill()
+    with exclusive(tmp_path / "new"):
+        pass
+    with exclusive(tmp_path / "new"):
+        pass
+
+
+def test_what_locks_nothing_runs_where_there_are_no_posix_locks(tmp_path):
+    script = "import sys; sys.modules['fcntl'] = None; import tossup.supernet.files"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0

@@ -138,9 +138,14 @@ def test_packed_and_padded_sequences_are_those_sequences_alone(kind):
         both = list(zip(sequences, pad, strict=True))
         padded = torch.cat([F.pad(s, (0, 0, *p), value=9.0) for s, p in both])
         mask = torch.cat([F.pad(torch.ones_like(s[..., 0]), p) for s, p in both])
-        out = mixer(padded, attention_mask=mask)
-        for row, keep, expected in zip(out, mask.bool(), alone, strict=True):
-            close(row[keep], expected[0])
+        causal = (mask[:, None, None] * torch.ones(7, 7).tril()).bool()
+        additive = torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min)
+        for form in (mask, causal, additive):  # the last two as transformers makes them
+            out = mixer(padded, attention_mask=form)
+            for row, keep, expected in zip(out, mask.bool(), alone, strict=True):
+                close(row[keep], expected[0])
+                if isinstance(mixer, Attention):
+                    assert not row[~keep].any()
 
 
 @pytest.mark.parametrize("kind", MIXERS)
@@ -148,8 +153,11 @@ def test_what_a_mixer_cannot_do_it_says(kind):
     mixer, x = MIXERS[kind](), torch.randn(2, 4, 16)
     with pytest.raises(NotImplementedError, match="keeps no cache yet"):
         mixer(x, use_cache=True)
-    with pytest.raises(ValueError, match=r"padding mask of shape \(2, 4\), got \(2, 1, 4, 4\)"):
-        mixer(x, attention_mask=torch.ones(2, 1, 4, 4))
+    with pytest.raises(ValueError, match=r"padding mask of shape \(2, 4\), got \(2, 5\)"):
+        mixer(x, attention_mask=torch.ones(2, 5))
+    window = torch.ones(4, 4, dtype=torch.bool).tril().triu(-1)
+    with pytest.raises(ValueError, match="neither a padding mask nor causal with padding"):
+        mixer(x, attention_mask=window.expand(2, 1, 4, 4))
     with pytest.raises(ValueError, match="batch of one row, got 2 rows"):
         mixer(x, cu_seqlens=torch.tensor([0, 4]).int())
     with pytest.raises(ValueError, match="exclude each other"):

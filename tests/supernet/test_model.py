@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.supernet.tiny import model_config, model_values
-from tossup import MixerTable, SupernetModel
+from tossup import Attention, MixerTable, SupernetModel, draw
 from tossup.supernet.checkpoint import model_tensors
 from tossup.supernet.config import ModelConfig
 from tossup.supernet.model import language_model_losses
@@ -88,7 +88,7 @@ def test_packed_sequences_are_those_sequences_alone():
         {},
         {"sampling_strategy": "weighted", "sampling_weights": {"attention": 3, "mamba": 1}},
         {"sampling_strategy": "full_layout"},
-        {"sampling_strategy": "sandwich"},
+        {"sampling_strategy": "sandwich", "cheapest_mixer_name": "mamba"},
         {
             "predefined_layouts": [["mamba", "mamba", "attention"], ["attention"] * 3],
             "predefined_layout_probabilities": [0.5, 0.125],
@@ -130,10 +130,8 @@ def test_shared_flops_are_the_matrices_that_every_token_meets(tie):
     assert model.flops_per_token(7, ["attention"] * 3) == mixers + 2 * matrices
 
 
-def test_sandwich_takes_the_mixer_of_fewest_flops_as_cheapest():
-    model = supernet(sampling_strategy="sandwich")
-    attention, mamba = (m.flops_per_token(1024) for m in model.layers[0].mixer.mixers.values())
-    assert mamba < attention
+def test_sandwich_takes_all_main_then_all_cheapest():
+    model = supernet(sampling_strategy="sandwich", cheapest_mixer_name="mamba")
     assert (model.draw(0, 0, 2).table == 0).all() and (model.draw(0, 1, 2).table == 1).all()
 
 
@@ -145,3 +143,67 @@ def test_losses_are_summed_over_labelled_tokens():
     torch.testing.assert_close(losses[0], -logs[0, 0, 1] - logs[0, 2, 3])
     assert losses[1] == 0
     assert counts.tolist() == [2, 0]
+
+
+def test_padded_rows_are_those_sequences_alone():
+    model = supernet().eval()
+    mask = torch.ones(5, 9)
+    mask[1, :4] = mask[2, 6:] = 0
+    for placement in (("mamba", "attention", "mamba"), ("attention", "mamba", "attention")):
+        padded = model(TOKENS, placement=placement, attention_mask=mask)
+        for row, keep in enumerate(mask.bool()):
+            alone = model(TOKENS[row : row + 1, keep], placement=placement)[0]
+            torch.testing.assert_close(padded[row, keep], alone)
+
+
+def test_tables_come_from_the_shifted_seed():
+    model = supernet(per_sample=True, seed_shift=1000)
+    assert torch.equal(model.draw(7, 3, 6).table, draw(model.strategy(), 1007, 3, 3, 6).table)
+
+
+def test_preprocessing_is_done_once_for_all_layers(monkeypatch):
+    calls = []
+    original = Attention.preprocess
+
+    def counted(self, *args):
+        calls.append(args)
+        return original(self, *args)
+
+    monkeypatch.setattr(Attention, "preprocess", counted)
+    supernet().eval()(TOKENS, placement=["attention"] * 3)
+    assert len(calls) == 1
+
+
+def test_mixers_report_losses_and_metrics_through_the_model():
+    class Judge(torch.nn.Module):
+        def forward(self, hidden_states, losses, metrics):
+            losses["level"] = torch.full((len(hidden_states),), 2.0)
+            metrics["ran"] = torch.ones(len(hidden_states))
+            return hidden_states
+
+    model = supernet(per_sample=True)
+    for block in model.layers:
+        block.mixer.mixers["mamba"] = Judge()
+    losses, metrics = {}, {}
+    table = model.draw(0, 1, 5)
+    model(TOKENS, table=table, losses=losses, metrics=metrics)
+    assert losses["mamba/level"].value == 2
+    assert metrics["mamba/ran"].count == table.count[:, 1].sum()
+
+
+def test_initial_weights():
+    """Matrices have the configured spread, outputs less by depth; Mamba's own tensors stay."""
+    config = {**model_values(), "hidden_size": 64, "initializer_range": 0.05}
+    torch.manual_seed(0)
+    model = SupernetModel(ModelConfig.model_validate(config))
+    mamba = model.layers[1].mixer.mixers["mamba"]
+    attention = model.layers[1].mixer.mixers["attention"]
+    for plain in (model.embed_tokens, model.layers[0].mlp.up_proj, attention.q_proj, mamba.in_proj):
+        assert plain.weight.std().item() == pytest.approx(0.05, rel=0.1)
+    for output in (model.layers[0].mlp.down_proj, attention.o_proj, mamba.out_proj):
+        assert output.weight.std().item() == pytest.approx(0.05 / 6**0.5, rel=0.1)
+    torch.testing.assert_close(mamba.A_log.exp(), torch.arange(1.0, 5).expand(16, 4))
+    assert mamba.dt_proj.weight.abs().max() <= 2**-0.5
+    assert mamba.dt_proj.weight.std().item() == pytest.approx(6**-0.5, rel=0.3)
+    dt = torch.nn.functional.softplus(mamba.dt_proj.bias)
+    assert 0.001 <= dt.min() and dt.max() <= 0.1

@@ -8,7 +8,8 @@ from torch._subclasses import FakeTensorMode
 from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tossup.supernet.optimizer import GatedAdamW, clip_grad_norm
+from tossup import Mamba, StochasticMixer
+from tossup.supernet.optimizer import GatedAdamW, clip_grad_norm, parameter_groups
 
 LAYERS, MIXERS, STEPS = 3, 2, 30
 GATES = [None, *((layer, mixer) for layer in range(LAYERS) for mixer in range(MIXERS))]
@@ -401,3 +402,28 @@ def test_state_of_other_gates_is_refused():
     other = [{"params": [p], "gate": gate} for gate, p in reversed(swapped.items())]
     with pytest.raises(ValueError, match="state_dict has parameter groups with gates"):
         GatedAdamW(other).load_state_dict(state)
+
+
+def test_groups_put_each_mixers_parameters_behind_its_gate():
+    """In a model of someone else's; what two mixers share, and what is frozen, is nobody's."""
+    shared = torch.nn.Linear(8, 8)
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 8), torch.nn.LayerNorm(8))
+    for layer in range(2):
+        mixers = {"mamba": Mamba(8), "linear": torch.nn.Sequential(torch.nn.Linear(8, 8), shared)}
+        model.append(StochasticMixer(mixers, layer=layer))
+    model.append(torch.nn.Linear(8, 5))
+    model[2].mixers["linear"][0].bias.requires_grad_(False)
+
+    groups = parameter_groups(model, weight_decay=0.3)
+    found = {p: (g["gate"], g["weight_decay"]) for g in groups for p in g["params"]}
+    expected = {}
+    for name, parameter in model.named_parameters():
+        place, *_ = name.split(".")
+        gate = None
+        if ".mixers." in name and parameter is not shared.weight and parameter is not shared.bias:
+            gate = (int(place) - 2, 0 if ".mamba." in name else 1)
+        undecayed = name.endswith(("bias", "A_log", ".D", "conv1d.weight")) or name == "1.weight"
+        if parameter.requires_grad:
+            expected[parameter] = (gate, 0.0 if undecayed else 0.3)
+    assert found == expected
+    GatedAdamW(groups).step(torch.ones(2, 2))

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from tossup.supernet.errors import ConfigError
 from tossup.supernet.search import (
-    Fingerprints,
-    Journal,
     Objective,
     Score,
     SearchConfig,
@@ -25,13 +24,12 @@ from tossup.supernet.search import (
     exhaustive_search,
     layers_of,
     max_evaluations,
-    pareto_set,
-    result_of,
     search,
-    write_result,
 )
+from tossup.supernet.search.journal import Fingerprints, Journal
+from tossup.supernet.search.result import pareto_set, result_of, write_result
 
-QUALITY = Objective("quality", higher_is_better=True)
+QUALITY = Objective("accuracy", higher_is_better=True)
 FINGERPRINTS = Fingerprints(model="m", data="d", settings={"batches": 2})
 WIDE = 10_000
 ROOT = Path(__file__).parents[2]
@@ -47,7 +45,7 @@ class Table:
     def __call__(self, placements):
         self.calls.append(list(placements))
         return [
-            Score({"quality": q, "loss": -q}, {"quality": 0.25})
+            Score({"accuracy": q, "loss": -q}, {"accuracy": 0.25})
             for q in (self.quality(placement) for placement in placements)
         ]
 
@@ -165,7 +163,7 @@ def assert_contains(found, expected):
 
 
 def config_of(tmp_path, budgets, **changes):
-    settings = {"score_metric": "quality", "output_path": tmp_path / "search.json"}
+    settings = {"score_metric": "accuracy", "output_path": tmp_path / "search.json"}
     return SearchConfig(budgets=budgets, **(settings | changes))
 
 
@@ -237,7 +235,7 @@ def test_the_winner_is_the_best_of_the_last_level_it_kept(seed, early_stop):
 
 @pytest.mark.parametrize("higher_is_better", [True, False])
 def test_the_direction_of_the_metric_changes_the_sign_and_nothing_else(tmp_path, higher_is_better):
-    metric = "quality" if higher_is_better else "loss"
+    metric = "accuracy" if higher_is_better else "loss"
     config = config_of(
         tmp_path, [2, 1], score_metric=metric, higher_is_better=higher_is_better, early_stop=True
     )
@@ -374,7 +372,7 @@ def test_exhaustive_search_sees_each_placement_once(budgets):
 
 def test_exhaustive_search_refuses_too_many_and_says_how_many():
     table = Table(random_quality(0))
-    with pytest.raises(ValueError, match=r"allow 2704156 placements.* at most 4096"):
+    with pytest.raises(ConfigError, match=r"allow 2704156 placements.* at most 4096"):
         exhaustive_search(table, space_of(24, [12]), QUALITY)
     assert not table.calls
 
@@ -438,8 +436,8 @@ def test_the_result_file_says_everything(tmp_path):
     final = found["final_configuration"]
     assert final["placement"] == ["attention", "attention", "window", "window", "window"]
     assert final["counts"] == {"attention": 2, "window": 3}
-    assert final["metrics"] == {"loss": -1.0, "quality": 1.0}
-    assert final["standard_errors"] == {"quality": 0.25}
+    assert final["metrics"] == {"loss": -1.0, "accuracy": 1.0}
+    assert final["standard_errors"] == {"accuracy": 0.25}
     assert final["cost"] == 2
     assert final["under_filled"] is False
     exact_result = result_of(narrow, exact, FINGERPRINTS)
@@ -482,8 +480,8 @@ def test_scores_from_the_journal_are_the_same_numbers(tmp_path):
     for _ in range(2):
         with Journal(tmp_path / "j", table, FINGERPRINTS, 3) as journal:
             scores = journal([*placements, placements[0]])
-        assert [score.metrics["quality"] for score in scores] == [*values, values[0]]
-        assert scores[0].standard_errors == {"quality": 0.25}
+        assert [score.metrics["accuracy"] for score in scores] == [*values, values[0]]
+        assert scores[0].standard_errors == {"accuracy": 0.25}
     assert [len(call) for call in table.calls] == [3, 1]
 
 
@@ -572,7 +570,7 @@ def test_a_corrupt_line_is_one_clear_error(tmp_path, damage, line):
     lines = path.read_bytes().splitlines(keepends=True)
     lines[line] = damage
     path.write_bytes(b"".join(lines))
-    with pytest.raises(ValueError, match=rf"line {line + 1}: not a record"):
+    with pytest.raises(ConfigError, match=rf"line {line + 1}: not a record"):
         beam_with_journal(tmp_path, Table(random_quality(0)))
     assert path.read_bytes() == b"".join(lines)  # nothing was thrown away
 
@@ -582,14 +580,14 @@ def test_missing_lines_are_an_error(tmp_path):
     path = config_of(tmp_path, [3, 1]).journal
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:1] + lines[2:]))
-    with pytest.raises(ValueError, match="line 2: lines are missing"):
+    with pytest.raises(ConfigError, match="line 2: lines are missing"):
         beam_with_journal(tmp_path, Table(random_quality(0)))
 
 
 def test_a_journal_has_one_user_at_a_time(tmp_path):
     table = Table(random_quality(0))
     with Journal(tmp_path / "j", table, FINGERPRINTS, 1):
-        with pytest.raises(RuntimeError, match="in use by another search"):
+        with pytest.raises(ConfigError, match="in use by another search"):
             Journal(tmp_path / "j", table, FINGERPRINTS, 1)
     Journal(tmp_path / "j", table, FINGERPRINTS, 1).__exit__(None, None, None)
 
@@ -610,13 +608,20 @@ def test_a_journal_has_one_user_at_a_time(tmp_path):
     ],
 )
 def test_budgets_that_the_model_cannot_meet_are_named(budgets, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         SearchSpace.from_budgets(4, ["a", "b", "c"], budgets)
 
 
 def test_mixers_need_different_names():
-    with pytest.raises(ValueError, match="different names"):
+    with pytest.raises(ConfigError, match="different names"):
         SearchSpace.from_budgets(4, ["a", "a"], [1])
+
+
+def test_a_journal_that_cannot_be_opened_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "j"):
+        with pytest.raises(ConfigError, match=f"cannot open the journal {path}: "):
+            Journal(path, Table(peaked), FINGERPRINTS, 1)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -624,18 +629,18 @@ def test_scores_that_are_not_finite_are_refused_and_not_recorded(tmp_path, value
     def quality(placement):
         return value if placement[3] == "attention" else 0.0
 
-    with pytest.raises(ValueError, match="quality of placement window/window/window/attention"):
+    with pytest.raises(ConfigError, match="accuracy of placement window/window/window/attention"):
         beam_search(Table(quality), space_of(4, [1]), QUALITY)
     path = tmp_path / "j"
     with Journal(path, Table(quality), FINGERPRINTS, 2) as journal:
-        with pytest.raises(ValueError, match="a search needs finite scores"):
+        with pytest.raises(ConfigError, match="a search needs finite scores"):
             beam_search(journal, space_of(4, [1]), QUALITY)
     assert len(path.read_bytes().splitlines()) == 2  # the first chunk, which was sound
 
 
 def test_an_unknown_metric_is_named_with_those_there_are():
-    with pytest.raises(ValueError, match=r"'accuracy'; the evaluation reports \['loss', 'qual"):
-        beam_search(Table(peaked), space_of(4, [1]), Objective("accuracy", True))
+    with pytest.raises(ConfigError, match=r"'perplexity'; .* reports \['accuracy', 'loss'\]"):
+        beam_search(Table(peaked), space_of(4, [1]), Objective("perplexity", True))
 
 
 def test_a_score_function_must_answer_for_every_placement():
@@ -653,13 +658,13 @@ def test_a_score_function_must_answer_for_every_placement():
         {"candidates_per_forward": 0},
         {"budgets": [True]},
         {"budget": [1]},
+        {"score_metric": "acuracy"},
+        {"early_stop_threshold": math.inf},
     ],
 )
 def test_the_configuration_refuses_what_it_does_not_know(tmp_path, changes):
     with pytest.raises(ValidationError, match=next(iter(changes))):
-        SearchConfig(
-            **({"budgets": [1], "output_path": tmp_path / "o", "score_metric": "q"} | changes)
-        )
+        config_of(tmp_path, **({"budgets": [1]} | changes))
 
 
 def test_the_configuration_has_the_seeds_defaults(tmp_path):
@@ -671,10 +676,14 @@ def test_the_configuration_has_the_seeds_defaults(tmp_path):
     assert config.journal == tmp_path / "search.journal.jsonl"
 
 
-@pytest.mark.parametrize("metric", ["loss", "validation/loss", "perplexity"])
-def test_a_loss_needs_its_direction_said(tmp_path, metric):
+def test_a_loss_needs_its_direction_said(tmp_path):
     with pytest.raises(ValidationError, match="better when lower"):
-        config_of(tmp_path, [1], score_metric=metric)
-    assert not config_of(
-        tmp_path, [1], score_metric=metric, higher_is_better=False
-    ).higher_is_better
+        config_of(tmp_path, [1], score_metric="loss")
+    config = config_of(tmp_path, [1], score_metric="loss", higher_is_better=False)
+    assert not config.higher_is_better
+
+
+def test_standard_errors_need_two_samples(tmp_path):
+    with pytest.raises(ValidationError, match="two samples or more in all, got 1 of 1"):
+        config_of(tmp_path, [1], batches=1, batch_size=1)
+    assert config_of(tmp_path, [1], batches=2, batch_size=1).batches == 2

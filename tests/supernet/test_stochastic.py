@@ -1,5 +1,9 @@
 """StochasticMixer around any modules: whom it follows, what each mixer sees, what it reports."""
 
+import copy
+import math
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tossup import Mamba as TossupMamba
 from tossup import MixerTable, Router, StochasticMixer, Strategy
+from tossup.supernet.metrics import Mean
 
 
 class Scale(nn.Module):
@@ -80,11 +85,9 @@ def test_training_follows_the_router_evaluation_the_main_mixer_placement_overrid
     for layer in layers:
         torch.testing.assert_close(layer(x), 5 * x)
         torch.testing.assert_close(layer(x, placement="a"), 2 * x)
-        assert layer.counts.tolist() == [0, 0, 2]
         layer.eval()
         torch.testing.assert_close(layer(x), 3 * x)
         torch.testing.assert_close(layer(x, placement="a"), 2 * x)
-        assert layer.counts.tolist() == [0, 0, 2]
 
 
 def test_router_repeats_its_tables_from_any_step():
@@ -94,6 +97,86 @@ def test_router_repeats_its_tables_from_any_step():
     assert torch.equal(resumed.draw(5).table, tables[2])
     assert torch.equal(resumed.draw(5).table, tables[3])
     assert not torch.equal(tables[0], tables[1])
+    taken = torch.stack(tables)[..., None] == torch.arange(3)
+    assert torch.equal(first.counts, taken.sum((0, 2)))
+
+
+@pytest.mark.parametrize("dispatch", ["host", "dense"])
+def test_keyword_arguments_follow_their_samples(dispatch):
+    """Rows go with their sample; one row serves all; what has no rows is left alone."""
+    seen = []
+
+    class Mixer(nn.Module):
+        def forward(self, hidden_states, position_embeddings, extra, scale):
+            seen.append((position_embeddings, extra, scale))
+            return hidden_states
+
+    layer = StochasticMixer(
+        {"a": Mixer(), "b": Mixer()}, dispatch=dispatch, batched_kwargs={"extra"}
+    )
+    cos, sin = torch.randn(1, 5, 2), torch.randn(4, 5, 2)
+    extra, scale = torch.randn(4, 3), torch.randn(4)
+    table = MixerTable.of(torch.tensor([[1, 0, 0, 1]]), 2, 4)
+    layer(
+        torch.randn(4, 5, 2), table=table, position_embeddings=(cos, sin), extra=extra, scale=scale
+    )
+    rows = ([1, 2], [0, 3]) if dispatch == "host" else (range(4), range(4))
+    for row, ((own_cos, own_sin), own_extra, own_scale) in zip(rows, seen, strict=True):
+        assert torch.equal(own_cos, cos) and torch.equal(own_sin, sin[list(row)])
+        assert torch.equal(own_extra, extra[list(row)]) and torch.equal(own_scale, scale)
+    if dispatch == "host":
+        with pytest.raises(ValueError, match=r"extra takes one row, or one for each of the 4 samp"):
+            layer(
+                torch.randn(4, 5, 2),
+                table=table,
+                position_embeddings=None,
+                extra=torch.randn(7, 3),
+                scale=None,
+            )
+
+
+def test_forwards_get_what_they_take():
+    """By name, by **kwargs (only what says something), behind torch.compile; never positionally."""
+    seen = {}
+
+    class Named(nn.Module):
+        def forward(self, x, /, flavour):
+            seen["named"] = flavour
+            return x
+
+    class Wrapper(nn.Module):
+        def forward(self, *args, **kwargs):
+            seen["wrapper"] = kwargs
+            return args[0]
+
+    compiled = torch.compile(Scale(2.0), backend="eager")
+    layer = StochasticMixer({"named": Named(), "wrapper": Wrapper(), "compiled": compiled})
+    x = torch.randn(2, 3, 4)
+    for name in layer.names:
+        out = layer(x, placement=name, losses={}, x=1, flavour="sour")
+    assert seen == {"named": "sour", "wrapper": {"x": 1, "flavour": "sour"}}
+    torch.testing.assert_close(out, 2 * x)
+    assert compiled._orig_mod.seen[-1][2] == "sour"
+
+
+def test_a_layer_survives_pickling_and_copying():
+    layer = three(router=Router(Strategy(mixers=3), 1))
+    x = torch.randn(2, 3, 4)
+    for twin in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        assert torch.equal(twin(x, placement="c"), layer(x, placement="c"))
+
+
+@pytest.mark.parametrize("row", [[0, 1, 0], [1, 1, 1]])
+def test_dispatches_agree_on_the_dtype_under_autocast(row):
+    table = MixerTable.of(torch.tensor([row]), 2, 3)
+    outs = []
+    for dispatch in ("host", "dense"):
+        torch.manual_seed(0)
+        layer = StochasticMixer({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}, dispatch=dispatch)
+        with torch.autocast("cpu", torch.bfloat16):
+            outs.append(layer(torch.ones(3, 2, 4), table=table))
+    assert outs[0].dtype == outs[1].dtype == torch.bfloat16
+    assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize("dispatch", ["host", "dense"])
@@ -123,6 +206,37 @@ def test_losses_are_means_over_the_samples_that_took_the_mixer(dispatch):
         assert "other/level" not in losses
 
 
+def test_losses_of_a_stochastic_mixer_inside_another():
+    inner = StochasticMixer({"plain": Scale(2.0), "judge": Judge(3.0)})
+    outer = StochasticMixer({"inner": inner, "plain": Scale(5.0)})
+    x, losses = torch.randn(4, 3, 2), {}
+
+    class Place(nn.Module):  # what is inside follows a placement of its own
+        def forward(self, hidden_states, losses):
+            return inner(hidden_states, placement="judge", losses=losses)
+
+    outer.mixers["inner"] = Place()
+    outer(x, table=MixerTable.of(torch.tensor([[0, 1, 0, 0]]), 2, 4), losses=losses)
+    expected = 3 * x.mean((1, 2))[[0, 2, 3]].mean()
+    torch.testing.assert_close(losses["inner/judge/level"].value, expected)
+
+
+def test_a_loss_is_one_value_per_sample():
+    class Scalar(nn.Module):
+        def forward(self, hidden_states, losses):
+            losses["level"] = hidden_states.mean()
+            return hidden_states
+
+    with pytest.raises(ValueError, match=r"losses of mixer a .* shape \(2,\), got \(\) for level"):
+        StochasticMixer({"a": Scalar()})(torch.ones(2, 3, 4), placement="a")
+
+
+def test_values_of_samples_that_went_elsewhere_do_not_count():
+    nan = torch.tensor([1.0, math.nan, 3.0])
+    assert Mean.of(nan, torch.tensor([True, False, True])).value == 2
+    assert Mean.of(nan, torch.zeros(3, dtype=torch.bool)).value == 0
+
+
 def test_preprocessing_reaches_its_own_mixer_only():
     layer = three()
     x = torch.randn(2, 3, 4)
@@ -149,11 +263,14 @@ def test_outputs_come_as_the_caller_expects_them():
             lambda: three(router=Router(Strategy(mixers=2), 1)),
             "router draws among 2 mixers, got 3 of them",
         ),
+        (lambda: three(layer=-1), "layer takes a row of the table, got -1"),
+        (lambda: three(layer=2, router=Router(Strategy(mixers=3), 2)), "takes 0 to 1, got 2"),
+        (lambda: three(num_outputs=4), "num_outputs takes 1, 2 or 3, got 4"),
         (lambda: StochasticMixer({"a.b": Scale(1.0)}), "got 'a.b'"),
         (lambda: three()(torch.zeros(1, 1, 1), placement="d"), "placement takes .* got 'd'"),
         (
             lambda: three()(torch.zeros(3, 1, 1), table=table_of([0, 1], batch=2)),
-            "table is for 2 samples, got a batch of 3",
+            r"table is for 1 layers, 3 mixers and 2 samples, got layer 0, .* batch of 3",
         ),
         (
             lambda: three()(
@@ -203,3 +320,37 @@ def test_drop_in_for_the_attention_of_transformers(per_sample):
             for index, mixer in enumerate(block.self_attn.mixers.values()):
                 used = any(p.grad is not None and p.grad.any() for p in mixer.parameters())
                 assert used == bool((table[i] == index).any())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_drop_in_understands_the_padding_of_transformers(attention, side):
+    """Each padded row gives the logits that its sequence has alone, through Mamba layers too."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        use_cache=False,
+        attn_implementation=attention,
+    )
+    model = LlamaForCausalLM(config).eval()
+    for i, block in enumerate(model.model.layers):
+        mixers = {"attention": block.self_attn, "mamba": TossupMamba(32)}
+        main = ("mamba", "attention")[i]
+        block.self_attn = StochasticMixer(mixers, main_mixer_name=main, num_outputs=2)
+    model.eval()
+    lengths = (7, 4, 1)
+    tokens, mask = torch.zeros(3, 7, dtype=torch.long), torch.zeros(3, 7, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        place = slice(7 - length, 7) if side == "left" else slice(length)
+        tokens[row, place] = torch.randint(50, (length,))
+        mask[row, place] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = model(tokens, attention_mask=mask, position_ids=positions).logits
+    for row in range(3):
+        keep = mask[row].bool()
+        alone = model(tokens[row, keep][None]).logits[0]
+        torch.testing.assert_close(padded[row, keep], alone, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,80 @@
+"""What a run reports between two log lines, summed on the device."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.routing import MixerTable
+from .checkpoint import copy_tensors
+from .metrics import Mean, accumulate
+
+
+class Report:
+    """Sums between two log lines, kept on the device and read when a line is written.
+
+    A checkpoint takes them along (`tensors`, `load`), so that a run which was killed between two
+    lines writes the second one as if it had not been.
+    """
+
+    def __init__(self, layers: int, mixers: tuple[str, ...], device: torch.device):
+        self.mixers, self.device = mixers, device
+        # [layers, mixers]: summed loss and number of labelled tokens and samples that took a mixer
+        self.by_mixer = torch.zeros(3, layers, len(mixers), device=device)
+        self.clear()
+
+    def clear(self) -> None:
+        self.by_mixer.zero_()
+        self.means: dict[str, Mean] = {}
+        self.rate, self.norm = 0.0, torch.zeros((), device=self.device)
+
+    def add(
+        self, losses: Tensor, counts: Tensor, table: MixerTable | None, extra: dict[str, Mean]
+    ) -> None:
+        """losses, counts: (batch,), summed over each sample's tokens."""
+        for key, mean in {"loss": Mean(losses.sum(), counts.sum()), **extra}.items():
+            accumulate(self.means, key, Mean(mean.total.detach().float(), mean.count.float()))
+        if table is not None:
+            row = table.table.to(self.device).expand(-1, len(losses))
+            # [layers, mixers, batch]
+            taken = row[:, None] == torch.arange(len(self.mixers), device=self.device)[:, None]
+            samples = torch.stack((losses, counts.float(), torch.ones_like(losses)))
+            self.by_mixer += torch.einsum("lmb,kb->klm", taken.float(), samples)
+
+    def add_step(self, rate: float, norm: Tensor) -> None:
+        self.rate, self.norm = rate, norm
+
+    def scalars(self) -> dict[str, float]:
+        """The loss, the last gradient's norm and the mixers' own; waits for the device."""
+        means = {key: mean.value.item() for key, mean in sorted(self.means.items())}
+        return {**means, "grad_norm": self.norm.item()}
+
+    def read(self) -> dict[str, Any]:
+        """The log line's values, after which the sums begin anew."""
+        record: dict[str, Any] = {**self.scalars(), "learning_rate": self.rate}
+        losses, tokens, samples = self.by_mixer.cpu()
+        if samples.any():
+            record["samples"], record["loss_by_mixer"] = {}, {}
+            for m, name in enumerate(self.mixers):
+                record["samples"][name] = samples[:, m].int().tolist()
+                record["loss_by_mixer"][name] = [
+                    (loss / count).item() if count else None
+                    for loss, count in zip(losses[:, m], tokens[:, m], strict=True)
+                ]
+        self.clear()
+        return record
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name; rate and norm are the last step's alone, and the next replaces them."""
+        totals = {f"{key}.total": mean.total for key, mean in self.means.items()}
+        counts = {f"{key}.count": mean.count for key, mean in self.means.items()}
+        return {"by_mixer": self.by_mixer, **totals, **counts}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` returned. Raises ConfigError where they are not whole."""
+        for name in sorted(tensors):
+            if name.endswith(".total"):
+                key = name.removesuffix(".total")
+                self.means[key] = Mean(*torch.zeros(2, device=self.device))
+        copy_tensors(self.tensors(), tensors)
