@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from tossup.supernet.config import RunConfig, load_config
+from tossup.supernet.config import RunConfig
 from tossup.supernet.conversion import load_checkpoint, save_checkpoint
 from tossup.supernet.data import build_data
 from tossup.supernet.evaluate import evaluate_model, evaluate_placements
 from tossup.supernet.files import write_atomically
+from tossup.supernet.loader import load_config
 from tossup.supernet.search import Placement, Score, all_placements
 from tossup.supernet.search.run import run_search
 from tossup.supernet.train import train
@@ -91,10 +92,11 @@ def draw_report(scores: Scores, winner: Placement, path: Path) -> None:
     from matplotlib.patches import Patch
 
     figure, (quality, map_) = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    for placement, score in scores.items():
-        chosen = placement == winner
+    ranked = sorted(scores, key=lambda placement: -scores[placement].metrics["accuracy"])
+    for number, placement in enumerate(ranked):
+        score, chosen = scores[placement], placement == winner
         quality.errorbar(
-            placement.count("attention"),
+            placement.count("attention") + 0.05 * (number % 5 - 2),  # so that equals stay apart
             score.metrics["accuracy"],
             score.standard_errors["accuracy"],
             marker="*" if chosen else "o",
@@ -111,19 +113,18 @@ def draw_report(scores: Scores, winner: Placement, path: Path) -> None:
         title="Every placement (star: the search's choice)",
     )
 
-    ranked = sorted(scores, key=lambda placement: -scores[placement].metrics["accuracy"])
     colors = {"attention": "tab:orange", "mamba": "tab:green"}
     for row, placement in enumerate(ranked):
         for layer, mixer in enumerate(placement):
             map_.barh(row, 0.95, 0.9, left=layer, color=colors[mixer])
     map_.set(
         xlabel="layer",
+        xlim=(-0.05, len(winner)),
         xticks=[layer + 0.475 for layer in range(len(winner))],
         xticklabels=range(len(winner)),
         yticks=range(len(ranked)),
         yticklabels=[f"{scores[p].metrics['accuracy']:.3f}" for p in ranked],
-        ylabel="accuracy",
-        title="Which mixer ran where",
+        title="Which mixer ran where, best first (red: the search's choice)",
     )
     map_.get_yticklabels()[ranked.index(winner)].set_color("tab:red")
     map_.invert_yaxis()

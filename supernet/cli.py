@@ -4,6 +4,7 @@ CONFIG is a YAML file; overrides name nested keys with dots and take YAML values
 """
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from .. import __version__
 from .config import EvaluationConfig, ModelConfig, RunConfig, SearchConfig, check_placement
 from .errors import ConfigError
-from .loader import load_config, read_values
+from .loader import describe, load_config, read_values
 
 
 def train(path: Path | None, overrides: Sequence[str]) -> None:
@@ -38,7 +39,7 @@ def search(path: Path | None, overrides: Sequence[str]) -> None:
         raise ConfigError("search: is required")
     final = run_search(run, config)["final_configuration"]
     print(f"{config.score_metric} {final['score']:.6g}: {' '.join(final['placement'])}")
-    print(config.output_path)
+    print(config.result_path(run.output))
 
 
 def convert(path: Path | None, overrides: Sequence[str]) -> None:
@@ -85,25 +86,44 @@ def check_evaluation(config: EvaluationConfig, model: ModelConfig) -> None:
         )
 
 
-COMMANDS: dict[str, Callable[[Path | None, Sequence[str]], None]] = {
-    "train": train,
-    "search": search,
-    "convert": convert,
-    "eval": evaluate,
+Command = Callable[[Path | None, Sequence[str]], None]
+
+# Each command, and where the configuration lives whose keys it takes.
+COMMANDS: dict[str, tuple[Command, str, str]] = {
+    "train": (train, "config", "RunConfig"),
+    "search": (search, "config", "RunConfig"),
+    "convert": (convert, "conversion", "ConvertConfig"),
+    "eval": (evaluate, "config", "EvaluationConfig"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 where it succeeded, 2 where its configuration or a file is wrong."""
+    """Run a command.
+
+    Returns 0 where it succeeded, 2 where its configuration or a file is wrong, 130 on Ctrl-C.
+    """
     parser = argparse.ArgumentParser(prog="tossup", description=__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=f"tossup {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
+    for name, (command, _, _) in COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=command.__doc__, description=command.__doc__, add_help=False
+        )
         sub.add_argument("words", nargs="*", metavar="CONFIG key=value", help="file and overrides")
+        sub.add_argument("-h", "--help", action="store_true", help="show this, and every key")
+        sub.set_defaults(parser=sub)
     options = parser.parse_args(arguments)
+    command, module, kind = COMMANDS[options.command]
+    if options.help:
+        options.parser.print_help()
+        config = getattr(importlib.import_module(f".{module}", __package__), kind)
+        print("\nkeys:", *describe(config), sep="\n  ")
+        return 0
     try:
-        COMMANDS[options.command](*split(options.words))
+        command(*split(options.words))
+    except KeyboardInterrupt:
+        print(f"tossup {options.command}: stopped; the same command goes on", file=sys.stderr)
+        return 130
     except ConfigError as error:
         for line in str(error).splitlines():
             print(f"tossup {options.command}: {line}", file=sys.stderr)

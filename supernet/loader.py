@@ -3,9 +3,9 @@
 Whatever is wrong becomes one sentence that names the key, what it got and what it takes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -123,3 +123,29 @@ def sentence(key: str, details: Sequence[Any]) -> str:
     others = dict.fromkeys(message.removeprefix("Input should be ") for message in messages[1:])
     wrong = " or ".join((messages[0][0].lower() + messages[0][1:], *others))
     return f"{prefix}{wrong}, got {first['input']!r}"
+
+
+def describe(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """One line for each key that a configuration takes: its name, default and meaning."""
+    for name, field in kind.model_fields.items():
+        key = prefix + name
+        inner = list(configurations_in(field.annotation))
+        for config in inner:
+            place = f"{key}.NAME." if get_origin(field.annotation) is dict else f"{key}."
+            yield from describe(config, place)
+        if not inner:
+            default = "required" if field.is_required() else field.default
+            choices = [value for value in get_args(field.annotation) if isinstance(value, str)]
+            if len(choices) == 1:
+                default = choices[0]
+            about = [" | ".join(choices)] if len(choices) > 1 else []
+            about += [field.description] if field.description else []
+            yield f"{key}: {default}" + (f"  ({'; '.join(about)})" if about else "")
+
+
+def configurations_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The configurations among the members of a type."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for member in get_args(annotation):
+        yield from configurations_in(member)

@@ -82,7 +82,12 @@ class Trainer:
     def run(self) -> None:
         options = self.options
         bar = tqdm(
-            total=options.steps, initial=self.step, unit="step", desc="train", dynamic_ncols=True
+            desc="train",
+            total=options.steps,
+            initial=self.step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=self.step == options.steps,  # there is nothing left to do
         )
         with bar, open(self.config.output / "metrics.jsonl", "a") as log:
             while self.step < options.steps:

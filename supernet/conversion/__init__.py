@@ -22,6 +22,7 @@ from ..config import Config
 from ..errors import ConfigError
 from ..files import directory_atomically, recover_directory
 from ..model import SupernetModel
+from ..run_folder import latest_checkpoint, list_checkpoints
 from ..stochastic import Dispatch
 from .apriel_hybrid import APRIEL_HYBRID
 from .huggingface import read_model, write_model
@@ -39,7 +40,7 @@ FORMATS = {fmt.model_type: fmt for fmt in (APRIEL_HYBRID, MISTRAL)}
 class ConvertConfig(Config):
     """What `tossup convert` reads and writes."""
 
-    input: Path = Field(description="a checkpoint's folder, of any format")
+    input: Path = Field(description="a checkpoint of any format, or a run, for its newest one")
     output: Path = Field(description="the folder to write; a checkpoint there is replaced")
     format: FormatName = "tossup"
     placement: tuple[str, ...] | Path | None = Field(
@@ -59,7 +60,8 @@ class ConvertConfig(Config):
 
 def convert(config: ConvertConfig) -> Path:
     """Read a checkpoint, fix its placement if one is given, write it, and return where it is."""
-    model = load_checkpoint(config.input)
+    is_run = not (config.input / "config.json").exists() and list_checkpoints(config.input)
+    model = load_checkpoint(latest_checkpoint(config.input) if is_run else config.input)
     placement = config.placement
     if isinstance(placement, Path):
         placement = placement_of_result(placement, model.config)

@@ -41,7 +41,9 @@ class SearchConfig(BaseModel):
     candidates_per_forward: PositiveInt = Field(
         8, description="placements that are evaluated together"
     )
-    output_path: Path = Field(description="the result, a JSON file")
+    output_path: Path | None = Field(
+        None, description="the result, a JSON file; none means search.json in the run's folder"
+    )
     journal_path: Path | None = Field(
         None, description="scores so far; none means output_path with the suffix .journal.jsonl"
     )
@@ -52,10 +54,10 @@ class SearchConfig(BaseModel):
 
     @model_validator(mode="after")
     def direction_fits(self) -> "SearchConfig":
-        if self.score_metric == "loss" and "higher_is_better" not in self.model_fields_set:
+        if self.higher_is_better is not (self.score_metric == "accuracy"):
             raise ValueError(
-                "score_metric is 'loss', which is better when lower, while "
-                "higher_is_better is true by default; say which one holds"
+                "higher_is_better takes false with score_metric loss, and true (its default) with "
+                f"accuracy, got {self.higher_is_better} with {self.score_metric}"
             )
         return self
 
@@ -64,9 +66,13 @@ class SearchConfig(BaseModel):
         check_samples(self.batches, self.batch_size)
         return self
 
-    @property
-    def journal(self) -> Path:
-        return self.journal_path or self.output_path.with_suffix(".journal.jsonl")
+    def result_path(self, run: Path) -> Path:
+        """Where the result goes, given the run's folder."""
+        return self.output_path or run / "search.json"
+
+    def journal(self, run: Path) -> Path:
+        """Where the scores are kept, given the run's folder."""
+        return self.journal_path or self.result_path(run).with_suffix(".journal.jsonl")
 
 
 def check_samples(batches: int, batch_size: int) -> None:

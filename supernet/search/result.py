@@ -7,6 +7,7 @@ and resumed leaves the same bytes as one that was not.
 
 import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from ..files import write_atomically
@@ -19,6 +20,7 @@ Cost = Callable[[Placement], float]
 
 
 def write_result(
+    path: Path,
     config: SearchConfig,
     outcome: SearchOutcome,
     fingerprints: Fingerprints,
@@ -26,9 +28,9 @@ def write_result(
     cost: Cost | None = None,
     exhaustive: SearchOutcome | None = None,
 ) -> dict[str, Any]:
-    """Write the result to `config.output_path`, and return it. Arguments as in `result_of`."""
+    """Write the result to `path`, and return it. The other arguments as in `result_of`."""
     result = result_of(config, outcome, fingerprints, cost=cost, exhaustive=exhaustive)
-    write_atomically(config.output_path, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
     return result
 
 

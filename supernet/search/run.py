@@ -30,7 +30,8 @@ def run_search(run: RunConfig, config: SearchConfig) -> dict[str, Any]:
     Raises ConfigError where the checkpoint is no supernet or not of the run's model, where the
     budgets do not fit it, and where the files cannot be written.
     """
-    check_outputs(config)
+    output = config.result_path(run.output)
+    check_outputs(output, config)
     checkpoint = latest_checkpoint(run.output)
     model = load_checkpoint(checkpoint, run.training.dispatch).to(device_of(run.training.device))
     check_model(run.model, model.config)
@@ -55,11 +56,14 @@ def run_search(run: RunConfig, config: SearchConfig) -> dict[str, Any]:
         bar.update(len(placements))
         return scores
 
-    with bar, Journal(config.journal, score, fingerprints, config.candidates_per_forward) as memory:
+    journal = config.journal(run.output)
+    with bar, Journal(journal, score, fingerprints, config.candidates_per_forward) as memory:
         outcome = search(config, space, memory)
+        bar.update(memory.reused)
         bar.total = bar.n
     seqlen = batches[0][0].shape[1]
     result = write_result(
+        output,
         config,
         outcome,
         fingerprints,
@@ -75,18 +79,18 @@ def run_search(run: RunConfig, config: SearchConfig) -> dict[str, Any]:
     return result
 
 
-def check_outputs(config: SearchConfig) -> None:
+def check_outputs(output: Path, config: SearchConfig) -> None:
     """Find out before the search whether its files can be written, and not after it."""
     try:
-        config.output_path.parent.mkdir(parents=True, exist_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"output_path: cannot make the folder of {config.output_path}: {error.strerror}"
+            f"output_path: cannot make the folder of {output}: {error.strerror}"
         ) from error
-    if config.output_path.is_dir():
-        raise ConfigError(f"output_path takes a file, got the folder {config.output_path}")
-    if not os.access(config.output_path.parent, os.W_OK):
-        raise ConfigError(f"output_path: cannot write into {config.output_path.parent}")
+    if output.is_dir():
+        raise ConfigError(f"output_path takes a file, got the folder {output}")
+    if not os.access(output.parent, os.W_OK):
+        raise ConfigError(f"output_path: cannot write into {output.parent}")
     if config.output_checkpoint_path is not None:
         refuse_foreign(config.output_checkpoint_path)
 

@@ -140,6 +140,45 @@ def test_a_search_file_of_its_own_names_the_run(trained, tmp_path, capsys):
     assert "training_config: is required" in capsys.readouterr().err
 
 
+def test_outputs_follow_the_run_and_convert_takes_a_run(trained, tmp_path):
+    """Moved whole by output=: the search's files stand in the run's folder."""
+    values = yaml.safe_load(trained.read_text())
+    del values["search"]["output_path"]
+    values["output"] = str(tmp_path / "moved")
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert main(["train", str(path)]) == 0
+    assert main(["search", str(path)]) == 0
+    run = tmp_path / "moved"
+    assert {"search.json", "search.journal.jsonl"} <= {file.name for file in run.iterdir()}
+    words = [f"input={run}", f"placement={run}/search.json", f"output={tmp_path}/best"]
+    assert main(["convert", *words]) == 0
+    final = json.loads((run / "search.json").read_text())["final_configuration"]
+    assert list(load_checkpoint(tmp_path / "best").config.placement) == final["placement"]
+
+
+@pytest.mark.parametrize("command", ["train", "search", "convert", "eval"])
+def test_help_names_every_key(command, capsys):
+    assert main([command, "--help"]) == 0
+    keys = capsys.readouterr().out.partition("keys:")[2]
+    if command == "convert":
+        assert "\n  input: required" in keys
+        return
+    assert "\n  training.dispatch: host  (host | dense)" in keys
+    assert "\n  model.mixer.mixers.NAME.window_size: None  (tokens a query sees" in keys
+    assert "\n  search.budgets: required" in keys and "\n  data.pairs: 8" in keys
+    assert ("\n  checkpoint: None" in keys) == (command == "eval")
+
+
+def test_ctrl_c_is_one_line(trained, capsys, monkeypatch):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tossup.supernet.train.train", interrupted)
+    assert main(["train", str(trained)]) == 130
+    assert capsys.readouterr().err == "tossup train: stopped; the same command goes on\n"
+
+
 def test_eval_measures_what_it_is_told_to(trained, capsys):
     run = run_of(trained)
     model = load_checkpoint(latest_checkpoint(run.output))

@@ -422,7 +422,12 @@ def test_the_result_file_says_everything(tmp_path):
     beam = search(narrow, space, Table(pair_trap))
     exact = search(config_of(tmp_path, [2], method="exhaustive"), space, Table(pair_trap))
     returned = write_result(
-        narrow, beam, FINGERPRINTS, cost=lambda p: p.count("attention"), exhaustive=exact
+        narrow.output_path,
+        narrow,
+        beam,
+        FINGERPRINTS,
+        cost=lambda p: p.count("attention"),
+        exhaustive=exact,
     )
     found = json.loads(narrow.output_path.read_text())
     assert found == json.loads(json.dumps(returned))
@@ -457,9 +462,9 @@ def test_an_under_filled_budget_is_marked(tmp_path):
 def beam_with_journal(tmp_path, table, fingerprints=FINGERPRINTS, chunk=4):
     """Search, write the result, and return its bytes and the journal's counts."""
     config = config_of(tmp_path, [3, 1])
-    with Journal(config.journal, table, fingerprints, chunk) as journal:
+    with Journal(config.journal(tmp_path), table, fingerprints, chunk) as journal:
         outcome = search(config, space_of(6, [3, 1]), journal)
-    write_result(config, outcome, fingerprints)
+    write_result(config.output_path, config, outcome, fingerprints)
     return config.output_path.read_bytes(), journal.reused, journal.evaluated
 
 
@@ -506,7 +511,7 @@ def test_another_model_data_or_setting_reuses_nothing(tmp_path, other):
 def test_a_journal_cut_anywhere_resumes_to_the_same_bytes_in_the_same_chunks(tmp_path, seed):
     whole = Table(random_quality(0))
     result, _, _ = beam_with_journal(tmp_path, whole)
-    path = config_of(tmp_path, [3, 1]).journal
+    path = config_of(tmp_path, [3, 1]).journal(tmp_path)
     journal = path.read_bytes()
     path.write_bytes(journal[: random.Random(seed).randrange(len(journal))])
     resumed = Table(random_quality(0))
@@ -566,7 +571,7 @@ def test_a_search_killed_while_it_writes_resumes_to_the_same_bytes(tmp_path, die
 @pytest.mark.parametrize("line", [0, 5])
 def test_a_corrupt_line_is_one_clear_error(tmp_path, damage, line):
     beam_with_journal(tmp_path, Table(random_quality(0)))
-    path = config_of(tmp_path, [3, 1]).journal
+    path = config_of(tmp_path, [3, 1]).journal(tmp_path)
     lines = path.read_bytes().splitlines(keepends=True)
     lines[line] = damage
     path.write_bytes(b"".join(lines))
@@ -577,7 +582,7 @@ def test_a_corrupt_line_is_one_clear_error(tmp_path, damage, line):
 
 def test_missing_lines_are_an_error(tmp_path):
     beam_with_journal(tmp_path, Table(random_quality(0)))
-    path = config_of(tmp_path, [3, 1]).journal
+    path = config_of(tmp_path, [3, 1]).journal(tmp_path)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:1] + lines[2:]))
     with pytest.raises(ConfigError, match="line 2: lines are missing"):
@@ -673,14 +678,14 @@ def test_the_configuration_has_the_seeds_defaults(tmp_path):
     assert (config.early_stop, config.early_stop_threshold) == (False, 0.001)
     assert config.higher_is_better is True
     assert config.output_checkpoint_path is None
-    assert config.journal == tmp_path / "search.journal.jsonl"
+    assert config.journal(tmp_path) == tmp_path / "search.journal.jsonl"
 
 
-def test_a_loss_needs_its_direction_said(tmp_path):
-    with pytest.raises(ValidationError, match="better when lower"):
-        config_of(tmp_path, [1], score_metric="loss")
-    config = config_of(tmp_path, [1], score_metric="loss", higher_is_better=False)
-    assert not config.higher_is_better
+@pytest.mark.parametrize("metric, higher", [("loss", True), ("accuracy", False)])
+def test_the_direction_has_to_fit_the_metric(tmp_path, metric, higher):
+    with pytest.raises(ValidationError, match=f"got {higher} with {metric}"):
+        config_of(tmp_path, [1], score_metric=metric, higher_is_better=higher)
+    config_of(tmp_path, [1], score_metric=metric, higher_is_better=not higher)
 
 
 def test_standard_errors_need_two_samples(tmp_path):
