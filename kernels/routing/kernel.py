@@ -31,10 +31,10 @@ def uniform(words, choices):
 
 
 @triton.jit
-def weighted(words, thresholds_ptr, choices):
+def weighted(words, thresholds_ptr, CHOICES: tl.constexpr):
     words = words.to(tl.int64)  # the last threshold may be 2³²
     picks = tl.zeros_like(words).to(tl.int32)
-    for choice in range(choices):
+    for choice in range(CHOICES):
         picks += (words >= tl.load(thresholds_ptr + choice)).to(tl.int32)
     return picks
 
@@ -50,11 +50,11 @@ def urn(words, seed, step, layer, samples, MIXERS: tl.constexpr):
     return tickets
 
 
-@triton.jit(do_not_specialize=["seed", "first_layer", "layouts", "main", "cheapest", "batch"])
+@triton.jit(do_not_specialize=["seed", "first_layer", "main", "cheapest", "batch"])
 def draw_kernel(
     table_ptr, count_ptr, samples_ptr, step_ptr, weights_ptr, layouts_ptr, probabilities_ptr,
-    seed: tl.uint64, first_layer, layouts, main, cheapest, batch,
-    MIXERS: tl.constexpr, KIND: tl.constexpr, PER_SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
+    seed: tl.uint64, first_layer, main, cheapest, batch,
+    MIXERS: tl.constexpr, LAYOUTS: tl.constexpr, KIND: tl.constexpr, PER_SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One layer per program: its row of the table, and its mixers' counts and samples."""
     row = tl.program_id(0)
@@ -74,11 +74,11 @@ def draw_kernel(
     if KIND == "sandwich":
         phase = ((step.to(tl.uint64) % 3).to(tl.int32) + samples) % 3
         mixers = tl.where(phase == 0, main, tl.where(phase == 1, cheapest, mixers))
-    if layouts_ptr is not None:
+    if LAYOUTS > 0:
         words = random_words(seed, step, LAYOUT_LAYER, samples)
-        layout = weighted(words, probabilities_ptr, layouts)
-        predefined = layout < layouts
-        of_layout = tl.load(layouts_ptr + layer * layouts + layout, mask=predefined, other=0)
+        layout = weighted(words, probabilities_ptr, LAYOUTS)
+        predefined = layout < LAYOUTS
+        of_layout = tl.load(layouts_ptr + layer * LAYOUTS + layout, mask=predefined, other=0)
         mixers = tl.where(predefined, of_layout, mixers)
 
     columns = batch if PER_SAMPLE else 1
@@ -133,8 +133,9 @@ def draw(
         raise ValueError(f"step must be on the table's device, {table.device}, got {step.device}")
     draw_kernel[(len(stage),)](
         table, count, samples, step, *constants(strategy, table.device),
-        seed, stage.start, len(strategy.layouts), strategy.main, strategy.cheapest, batch,
-        MIXERS=strategy.mixers, KIND=strategy.kind, PER_SAMPLE=strategy.per_sample,
+        seed, stage.start, strategy.main, strategy.cheapest, batch,
+        MIXERS=strategy.mixers, LAYOUTS=len(strategy.layouts),
+        KIND=strategy.kind, PER_SAMPLE=strategy.per_sample,
         **block_of(batch),
     )  # fmt: skip
     return MixerTable(table, count, samples)

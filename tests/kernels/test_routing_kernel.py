@@ -122,7 +122,8 @@ def compile_for_sm_90(kind: str, layouts: bool, batch: int) -> dict[str, int]:
     from tossup.kernels.routing.kernel import block_of, draw_kernel
 
     options = block_of(batch)
-    constants = {"MIXERS": 5, "KIND": kind, "PER_SAMPLE": True, "BLOCK": options.pop("BLOCK")}
+    constants = {"MIXERS": 5, "LAYOUTS": 2 if layouts else 0, "KIND": kind, "PER_SAMPLE": True}
+    constants["BLOCK"] = options.pop("BLOCK")
     if kind != "weighted":
         constants["weights_ptr"] = None
     if not layouts:
