@@ -54,7 +54,8 @@ def urn(words, seed, step, layer, samples, MIXERS: tl.constexpr):
 def draw_kernel(
     table_ptr, count_ptr, samples_ptr, step_ptr, weights_ptr, layouts_ptr, probabilities_ptr,
     seed: tl.uint64, first_layer, main, cheapest, batch,
-    MIXERS: tl.constexpr, LAYOUTS: tl.constexpr, KIND: tl.constexpr, PER_SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
+    MIXERS: tl.constexpr, LAYOUTS: tl.constexpr,
+    KIND: tl.constexpr, PER_SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One layer per program: its row of the table, and its mixers' counts and samples."""
     row = tl.program_id(0)
