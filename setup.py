@@ -11,7 +11,7 @@ VERSION = re.compile(r'^__version__ = "(.+)"$', re.MULTILINE)
 setup(
     name="tossup",
     version=VERSION.findall((ROOT / "tossup/__init__.py").read_text("utf-8"))[0],
-    description="Triton kernels with fused stochastic dispatch, for supernets of sequence mixers",
+    description="Supernets of sequence mixers, on ops that a mixer table routes",
     long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -20,7 +20,6 @@ setup(
     packages=find_namespace_packages(
         include=["tossup", "tossup.*"], exclude=["*.__pycache__", "*.__pycache__.*"]
     ),
-    package_data={"": ["*.json"]},  # launch configurations
     entry_points={"console_scripts": ["tossup = tossup.supernet.cli:main"]},
     install_requires=[
         "torch>=2.11,<2.14",

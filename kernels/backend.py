@@ -40,5 +40,7 @@ def load_backend(package: str, impl: str) -> ModuleType:
     name = {"cpu": "cpu", "triton": "kernel"}[impl]
     if importlib.util.find_spec(f"{package}.{name}") is None:
         op = package.rpartition(".")[2]
-        raise NotImplementedError(f"{op} has no {impl} backend; pass impl='cpu' or 'reference'")
+        raise NotImplementedError(
+            f"{op} has no {impl} backend; pass impl='reference', or 'cpu' on the CPU"
+        )
     return importlib.import_module(f"{package}.{name}")

@@ -56,11 +56,12 @@ def evaluate(path: Path | None, overrides: Sequence[str]) -> None:
     from .data import build_data
     from .devices import device_of
     from .evaluate import evaluate_model
-    from .run_folder import latest_checkpoint
+    from .run_folder import checkpoint_of, latest_checkpoint
 
     config = load_config(path, overrides, EvaluationConfig)
     options = config.training
-    model = load_checkpoint(config.checkpoint or latest_checkpoint(config.output))
+    wanted = config.checkpoint
+    model = load_checkpoint(checkpoint_of(wanted) if wanted else latest_checkpoint(config.output))
     check_evaluation(config, model.config)
     batches = build_data(config.data, config.seed).evaluation(
         options.evaluation_batches, options.batch_size

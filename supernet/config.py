@@ -340,7 +340,7 @@ class TrainingConfig(Config):
 
 
 class RunConfig(Config):
-    """One file for the whole chain: train, search, convert."""
+    """One file for training, search and evaluation."""
 
     output: Path
     seed: NonNegativeInt = 0
@@ -371,7 +371,9 @@ class RunConfig(Config):
 class EvaluationConfig(RunConfig):
     """A run, and which checkpoint of it, or of anything else, to measure on its held-out data."""
 
-    checkpoint: Path | None = Field(None, description="a folder; none is the run's newest")
+    checkpoint: Path | None = Field(
+        None, description="of any format, or a run; none is this run's newest"
+    )
     placement: tuple[str, ...] | None = Field(None, description="none is the main mixers")
 
     @model_validator(mode="after")

@@ -134,13 +134,19 @@ def describe(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
             place = f"{key}.NAME." if get_origin(field.annotation) is dict else f"{key}."
             yield from describe(config, place)
         if not inner:
-            default = "required" if field.is_required() else field.default
+            default = "required" if field.is_required() else in_yaml(field.default)
             choices = [value for value in get_args(field.annotation) if isinstance(value, str)]
             if len(choices) == 1:
                 default = choices[0]
             about = [" | ".join(choices)] if len(choices) > 1 else []
             about += [field.description] if field.description else []
             yield f"{key}: {default}" + (f"  ({'; '.join(about)})" if about else "")
+
+
+def in_yaml(value: Any) -> str:
+    """A default as one would write it."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def configurations_in(annotation: Any) -> Iterator[type[BaseModel]]:

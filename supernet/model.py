@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels.routing import MixerTable, Strategy, draw
 from .config import ModelConfig, StochasticMixerConfig, check_placement
+from .data import IGNORED
 from .metrics import Mean
 from .mixers import build_mixer
 from .stochastic import Dispatch, StochasticMixer
@@ -202,9 +203,10 @@ def layer_mixer(config: ModelConfig, layer: int, dispatch: Dispatch) -> nn.Modul
 def language_model_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross entropy summed over each sample's labelled tokens, and their number: (batch,) each.
 
-    logits: (batch, seqlen, vocab). labels: (batch, seqlen), aligned with them; -100 is ignored.
+    logits: (batch, seqlen, vocab). labels: (batch, seqlen), aligned with them; IGNORED (-100) does
+    not count.
     """
     losses = F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
-    return losses.view_as(labels).sum(1), (labels != -100).sum(1)
+    return losses.view_as(labels).sum(1), (labels != IGNORED).sum(1)

@@ -95,6 +95,12 @@ def latest_checkpoint(output: Path) -> Path:
     return folders[-1]
 
 
+def checkpoint_of(path: Path) -> Path:
+    """A checkpoint's folder itself, or the newest checkpoint of a run's folder."""
+    is_run = not (path / "config.json").exists() and list_checkpoints(path)
+    return latest_checkpoint(path) if is_run else path
+
+
 def forget_after(metrics: Path, step: int) -> None:
     """Cut a log to what was written up to a step."""
     if metrics.exists():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .kernels.causal_conv1d import causal_conv1d
     from .kernels.flash_attention import flash_attention
-    from .kernels.rotary import rotary
+    from .kernels.rotary import rotary, rotary_angles
     from .kernels.routing import MixerTable, Route, Strategy, draw
     from .kernels.selective_scan import selective_scan
     from .supernet.config import ModelConfig, StochasticMixerConfig
@@ -41,6 +41,7 @@ _MODULES = {
     "load_checkpoint": "supernet.conversion",
     "parameter_groups": "supernet.optimizer",
     "rotary": "kernels.rotary",
+    "rotary_angles": "kernels.rotary",
     "save_checkpoint": "supernet.conversion",
     "selective_scan": "kernels.selective_scan",
 }

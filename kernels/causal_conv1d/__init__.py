@@ -33,8 +33,8 @@ def causal_conv1d(
     weight: (dim, width), width 2 to 4; the last tap meets the current token.
     bias: (dim,). None is zero.
     activation: "silu", or None for none.
-    seq_idx: (batch, seqlen), int32, the packed sequence that each token belongs to. No tap reaches
-        across a change of it; the initial state belongs to the first sequence.
+    seq_idx: (batch, seqlen), integers, the packed sequence that each token belongs to. No tap
+        reaches across a change of it; the initial state belongs to the first sequence.
     initial_state: (batch, width - 1, dim), the inputs before x. None is zeros.
     return_final_state: also return the last width - 1 inputs, reaching into the initial state where
         x is shorter. With seq_idx they are those of the last sequence, zeros before it.

@@ -65,7 +65,7 @@ def sequences(
     slices = []
     for name, bounds, packed in (("q", cu_seqlens_q, q), ("k", cu_seqlens_k, k)):
         ends = bounds.tolist()
-        if ends != sorted(ends) or ends[0] < 0 or ends[-1] > len(packed):
+        if ends != sorted(ends) or ends[0] != 0 or ends[-1] > len(packed):
             raise ValueError(
                 f"cu_seqlens_{name} must grow from 0 to {name}'s {len(packed)} tokens, got {ends}"
             )

@@ -48,7 +48,7 @@ def selective_scan(
     delta_bias: (dim,), added to delta before the softplus.
     delta_softplus: pass delta through softplus, which is the identity above 20.
     initial_state: (batch, dim, state), the state before the first token. None is zero.
-    seq_idx: (batch, seqlen), int32, the packed sequence that each token belongs to. The state is
+    seq_idx: (batch, seqlen), integers, the packed sequence that each token belongs to. The state is
         set to zero wherever it changes; the initial state belongs to the first sequence.
     return_final_state: also return the state after the last token.
     route: the samples to work on. The rows of others are left unwritten in all results and in

@@ -22,7 +22,7 @@ from ..config import Config
 from ..errors import ConfigError
 from ..files import directory_atomically, recover_directory
 from ..model import SupernetModel
-from ..run_folder import latest_checkpoint, list_checkpoints
+from ..run_folder import checkpoint_of
 from ..stochastic import Dispatch
 from .apriel_hybrid import APRIEL_HYBRID
 from .huggingface import read_model, write_model
@@ -60,8 +60,7 @@ class ConvertConfig(Config):
 
 def convert(config: ConvertConfig) -> Path:
     """Read a checkpoint, fix its placement if one is given, write it, and return where it is."""
-    is_run = not (config.input / "config.json").exists() and list_checkpoints(config.input)
-    model = load_checkpoint(latest_checkpoint(config.input) if is_run else config.input)
+    model = load_checkpoint(checkpoint_of(config.input))
     placement = config.placement
     if isinstance(placement, Path):
         placement = placement_of_result(placement, model.config)

@@ -30,9 +30,9 @@ def run_search(run: RunConfig, config: SearchConfig) -> dict[str, Any]:
     Raises ConfigError where the checkpoint is no supernet or not of the run's model, where the
     budgets do not fit it, and where the files cannot be written.
     """
+    checkpoint = latest_checkpoint(run.output)
     output = config.result_path(run.output)
     check_outputs(output, config)
-    checkpoint = latest_checkpoint(run.output)
     model = load_checkpoint(checkpoint, run.training.dispatch).to(device_of(run.training.device))
     check_model(run.model, model.config)
     space = SearchSpace.from_budgets(

@@ -165,9 +165,9 @@ def test_help_names_every_key(command, capsys):
         assert "\n  input: required" in keys
         return
     assert "\n  training.dispatch: host  (host | dense)" in keys
-    assert "\n  model.mixer.mixers.NAME.window_size: None  (tokens a query sees" in keys
+    assert "\n  model.mixer.mixers.NAME.window_size: null  (tokens a query sees" in keys
     assert "\n  search.budgets: required" in keys and "\n  data.pairs: 8" in keys
-    assert ("\n  checkpoint: None" in keys) == (command == "eval")
+    assert ("\n  checkpoint: null" in keys) == (command == "eval")
 
 
 def test_ctrl_c_is_one_line(trained, capsys, monkeypatch):
