@@ -167,7 +167,7 @@ def test_compiles_for_any_length_with_the_implementation_left_open(op):
 
 @every_op
 def test_an_explicit_implementation_never_falls_back(op):
-    with pytest.raises(NotImplementedError, match="has no triton backend; pass impl='reference', or"):
+    with pytest.raises(NotImplementedError, match="has no triton backend"):
         op(random(1, 2, DIM), impl="triton")
 
 

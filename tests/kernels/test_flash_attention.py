@@ -355,3 +355,11 @@ def test_mixed_dtypes_are_refused():
     x = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ValueError, match=r"share one dtype .* got torch\.float16 for k"):
         flash_attention(x, x.half(), x)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("bounds", [[2, 8], [0, 9], [0, 5, 3, 8]])
+def test_packed_sequences_begin_at_the_first_token_and_never_overlap(bounds, impl):
+    q = torch.randn(8, 2, 4)
+    with pytest.raises(ValueError, match="cu_seqlens_q must grow from 0 to q's 8 tokens"):
+        flash_attention(q, q, q, cu_seqlens_q=torch.tensor(bounds, dtype=torch.int32), impl=impl)
