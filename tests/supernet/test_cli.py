@@ -155,6 +155,7 @@ def test_outputs_follow_the_run_and_convert_takes_a_run(trained, tmp_path):
     assert main(["convert", *words]) == 0
     final = json.loads((run / "search.json").read_text())["final_configuration"]
     assert list(load_checkpoint(tmp_path / "best").config.placement) == final["placement"]
+    assert main(["eval", str(path), f"checkpoint={run}"]) == 0  # a run, as for convert
 
 
 @pytest.mark.parametrize("command", ["train", "search", "convert", "eval"])
