@@ -1,4 +1,4 @@
-"""Which GPU a launch configuration is for: the current one, whether it is there or only compiled for."""
+"""Which GPU a launch configuration is for: the one there, or the one only compiled for."""
 
 import triton
 
