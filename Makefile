@@ -10,6 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 PACKAGE := .venv/package.stamp
 DEV := .venv/dev.stamp
+OLDEST := .venv/triton-3.6
 
 help:
 	@echo "make demo   train a supernet, search it and export the best placement (runs/demo/)"
@@ -21,7 +22,7 @@ help:
 demo: $(PACKAGE)
 	$(BIN)/python examples/demo.py
 
-test: $(DEV)
+test: $(DEV) $(OLDEST)
 	$(BIN)/python -m pytest tests
 
 lint: $(DEV)
@@ -56,4 +57,10 @@ $(DEV): $(PACKAGE)
 	@echo "Setting up .venv for development (2 of 2): what tests compare with"
 	@MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
 		$(PIP) --quiet --no-deps --no-build-isolation mamba-ssm kernels
+	@touch $@
+
+# The oldest Triton that torch may bring: kernels are compiled with it too, beside the newest.
+$(OLDEST): $(PACKAGE)
+	@echo "Setting up Triton 3.6, with which the kernels are compiled too"
+	@$(PIP) --quiet --no-deps --upgrade --target $@ triton==3.6.0
 	@touch $@

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from .config import EvaluationConfig, ModelConfig, RunConfig, SearchConfig, check_placement
@@ -87,6 +88,25 @@ def check_evaluation(config: EvaluationConfig, model: ModelConfig) -> None:
         )
 
 
+def inspect(archs: Sequence[str], ops: Sequence[str], as_json: bool) -> None:
+    """compile every kernel for GPUs that need not be there, and print what each takes"""
+    import triton
+
+    from ..autotune.inspection import ARCHS, OPS, table
+    from ..autotune.inspection import inspect as inspect_kernels
+
+    if triton.knobs.runtime.interpret:
+        raise ConfigError("TRITON_INTERPRET must be unset: the interpreter compiles nothing")
+    names = [f"sm_{arch}" for arch in ARCHS]
+    for option, values, known in (("--arch", archs, names), ("--op", ops, OPS)):
+        for value in values:
+            if value not in known:
+                raise ConfigError(f"{option} takes {', '.join(known)}, got {value!r}")
+    reports = inspect_kernels([ARCHS[names.index(arch)] for arch in archs], ops)
+    found = {"triton": triton.__version__, "launches": reports}
+    print(json.dumps(found, indent=1) if as_json else table(reports))
+
+
 Command = Callable[[Path | None, Sequence[str]], None]
 
 # Each command, and where the configuration lives whose keys it takes.
@@ -106,22 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tossup", description=__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=f"tossup {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (command, _, _) in COMMANDS.items():
-        sub = commands.add_parser(
-            name, help=command.__doc__, description=command.__doc__, add_help=False
-        )
-        sub.add_argument("words", nargs="*", metavar="CONFIG key=value", help="file and overrides")
-        sub.add_argument("-h", "--help", action="store_true", help="show this, and every key")
-        sub.set_defaults(parser=sub)
+    for name, configured in COMMANDS.items():
+        add_configured(commands, name, *configured)
+    add_inspect(commands)
     options = parser.parse_args(arguments)
-    command, module, kind = COMMANDS[options.command]
-    if options.help:
-        options.parser.print_help()
-        config = getattr(importlib.import_module(f".{module}", __package__), kind)
-        print("\nkeys:", *describe(config), sep="\n  ")
-        return 0
     try:
-        command(*split(options.words))
+        options.run(options)
     except KeyboardInterrupt:
         print(f"tossup {options.command}: stopped; the same command goes on", file=sys.stderr)
         return 130
@@ -135,6 +145,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tossup {options.command}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
+
+
+def add_configured(commands: Any, name: str, command: Command, module: str, config: str) -> None:
+    """A command that takes CONFIG and overrides, and whose help lists every key."""
+    sub = commands.add_parser(
+        name, help=command.__doc__, description=command.__doc__, add_help=False
+    )
+    sub.add_argument("words", nargs="*", metavar="CONFIG key=value", help="file and overrides")
+    sub.add_argument("-h", "--help", action="store_true", help="show this, and every key")
+
+    def run(options: argparse.Namespace) -> None:
+        if not options.help:
+            command(*split(options.words))
+            return
+        sub.print_help()
+        keys = getattr(importlib.import_module(f".{module}", __package__), config)
+        print("\nkeys:", *describe(keys), sep="\n  ")
+
+    sub.set_defaults(run=run)
+
+
+def add_inspect(commands: Any) -> None:
+    sub = commands.add_parser("inspect", help=inspect.__doc__, description=inspect.__doc__)
+    sub.add_argument("--arch", nargs="+", default=["sm_90"], help="GPUs; sm_90 by default")
+    sub.add_argument("--op", nargs="+", default=[], help="folders of kernels/; all by default")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.set_defaults(run=lambda options: inspect(options.arch, options.op, options.json))
 
 
 def split(words: Sequence[str]) -> tuple[Path | None, Sequence[str]]:

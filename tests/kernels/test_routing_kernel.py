@@ -1,14 +1,7 @@
-"""The Triton kernel's three lives: same bits as the textbook, no host read, and sm_90 code.
+"""The Triton kernel: the same bits as the textbook, and no host read.
 
-Without a GPU the first runs in the interpreter.
+Without a GPU it runs in the interpreter. tests/autotune/test_inspection.py compiles it.
 """
-
-import json
-import os
-import subprocess
-import sys
-from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -111,75 +104,3 @@ def test_step_must_be_on_the_tables_device():
     step = torch.zeros((), dtype=torch.int64, device="meta")
     with pytest.raises(ValueError, match="step must be on the table's device, cpu, got meta"):
         draw(Strategy(2), 0, step, 2, 2, device="cpu", impl="triton")
-
-
-def compile_for_sm_90(kind: str, layouts: bool, batch: int) -> dict[str, int]:
-    """Compile the kernel offline: its registers, stack and local memory, and its spill code."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from tossup.kernels.routing.kernel import block_of, draw_kernel
-
-    options = block_of(batch)
-    constants = {"MIXERS": 5, "LAYOUTS": 2 if layouts else 0, "KIND": kind, "PER_SAMPLE": True}
-    constants["BLOCK"] = options.pop("BLOCK")
-    if kind != "weighted":
-        constants["weights_ptr"] = None
-    if not layouts:
-        constants |= {"layouts_ptr": None, "probabilities_ptr": None}
-    types = {"step_ptr": "*i64", "weights_ptr": "*i64", "probabilities_ptr": "*i64", "seed": "u64"}
-    signature = {
-        name: "constexpr"
-        if name in constants
-        else types.get(name, "*i32" if name.endswith("_ptr") else "i32")
-        for name in draw_kernel.arg_names
-    }
-    compiled = triton.compile(
-        ASTSource(draw_kernel, signature, constants), GPUTarget("cuda", 90, 32), options
-    )
-    cubin = Path(os.environ["TRITON_CACHE_DIR"], "draw.cubin")
-    cubin.write_bytes(compiled.asm["cubin"])
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    usage, code = (
-        subprocess.run([tools / tool, flag, cubin], check=True, text=True, capture_output=True)
-        for tool, flag in [("cuobjdump", "-res-usage"), ("nvdisasm", "-c")]
-    )
-    resources = dict(word.split(":") for word in usage.stdout.splitlines()[-1].split())
-    mnemonics = Counter(word.partition(".")[0] for word in code.stdout.split())
-    return {
-        "registers": int(resources["REG"]),
-        "local": int(resources["LOCAL"]),
-        "exits": mnemonics["EXIT"],
-        "spills": mnemonics["STL"] + mnemonics["LDL"],
-    }
-
-
-CONFIGURATIONS = [
-    (kind, layouts, batch)
-    for kind in ("uniform", "weighted", "full_layout", "sandwich")
-    for layouts, batch in [(False, 8), (True, 200)]
-]
-
-
-def test_kernel_compiles_for_sm_90_without_spills(tmp_path):
-    """In a process of its own, because the interpreter replaces the compiler."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    compiler = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.test_routing_kernel"],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        cwd=Path(__file__).parents[2],
-        text=True,
-        capture_output=True,
-    )
-    assert compiler.returncode == 0, compiler.stderr
-    reports = json.loads(compiler.stdout)
-    assert len(reports) == len(CONFIGURATIONS)
-    for configuration, report in zip(CONFIGURATIONS, reports, strict=True):
-        assert report["exits"] > 0, configuration  # the disassembly was understood
-        assert report["spills"] == report["local"] == 0, configuration
-        assert report["registers"] <= 64, configuration
-
-
-if __name__ == "__main__":
-    print(json.dumps([compile_for_sm_90(*configuration) for configuration in CONFIGURATIONS]))

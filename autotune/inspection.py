@@ -1,0 +1,99 @@
+"""What every shipped kernel takes, without a GPU: `tossup inspect`.
+
+Each case runs an op's launchers on meta tensors, in the configuration that they choose for that
+shape, so a report covers exactly what is shipped.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+from .cases import CASES
+from .offline import SHARED_MEMORY, TENSOR_CORES, Launch, Loop, compile_launches
+
+ARCHS = tuple(SHARED_MEMORY)
+OPS = sorted({case.op for case in CASES})
+
+# What a turn of an innermost loop is made of, by mnemonic.
+COUNTED = {
+    "tensor": TENSOR_CORES,
+    "tma": ("UTMALDG", "UTMASTG", "UBLKCP"),
+    "mufu": ("MUFU",),
+    "shfl": ("SHFL",),
+    "bar": ("BAR",),
+    "local": ("LDL", "STL"),
+}
+
+
+def inspect(
+    archs: Sequence[int], ops: Sequence[str] = (), jobs: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Compile every case, and report each of its launches.
+
+    archs: compute capabilities, of ARCHS. ops: some of OPS; none means all. jobs: processes; by
+    default one for each core.
+    Returns for each "op, case, sm_90: kernel" its registers, spills, bytes of shared memory and
+    whether they fit, products of tiles and those without tensor cores, global loads before the
+    first exit, and for each innermost loop its instructions and those that matter.
+    """
+    work = [
+        (place, arch)
+        for arch in archs
+        for place, case in enumerate(CASES)
+        if not ops or case.op in ops
+    ]
+    with ProcessPoolExecutor(jobs or os.cpu_count(), get_context("spawn")) as pool:
+        reports = pool.map(inspect_case, *zip(*work, strict=True))
+        return {name: report for part in reports for name, report in part.items()}
+
+
+def inspect_case(place: int, arch: int) -> dict[str, dict[str, Any]]:
+    """A kernel that is launched in several forms is numbered from its second form on."""
+    case = CASES[place]
+    reports: dict[str, dict[str, Any]] = {}
+    seen: Counter[str] = Counter()
+    for launch in compile_launches(case.launch, arch):
+        seen[launch.kernel] += 1
+        number = f" ({seen[launch.kernel]})" if seen[launch.kernel] > 1 else ""
+        reports[f"{case.op}, {case.name}, sm_{arch}: {launch.kernel}{number}"] = summary(launch)
+    return reports
+
+
+def summary(launch: Launch) -> dict[str, Any]:
+    binary = launch.binary
+    return {
+        "registers": binary.registers,
+        "spills": binary.spills,
+        "shared": launch.shared,
+        "fits": launch.fits,
+        "warps": launch.warps,
+        "dots": launch.dots,
+        "scalar_dots": launch.scalar_dots,
+        "loads_before_exit": binary.loads_before_exit,
+        "loops": [loop_summary(loop) for loop in binary.loops],
+    }
+
+
+def loop_summary(loop: Loop) -> dict[str, int]:
+    counts = {name: loop.count(*mnemonics) for name, mnemonics in COUNTED.items()}
+    return {"instructions": loop.instructions, "wide_loads": loop.wide_loads} | counts
+
+
+def table(reports: dict[str, dict[str, Any]]) -> str:
+    """The reports for people: a line for each launch, and one below it for each innermost loop."""
+    lines = []
+    for name, report in reports.items():
+        lines.append(name)
+        fits = "" if report["fits"] else " (too much)"
+        lines.append(
+            f"    {report['registers']} registers, {report['spills']} spills, "
+            f"{report['shared']} bytes of shared memory{fits}, {report['warps']} warps, "
+            f"{report['dots'] - report['scalar_dots']} of {report['dots']} dots on tensor cores"
+        )
+        for loop in report["loops"]:
+            parts = (f"{count} {what}" for what, count in loop.items() if count)
+            lines.append(f"    loop: {', '.join(parts)}")
+    return "\n".join(lines)
