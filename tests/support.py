@@ -15,8 +15,9 @@ def budget(oracle: Tensor, same_precision: Tensor) -> float:
     return 2 * (error + torch.finfo(same_precision.dtype).eps * oracle.abs().max()).item()
 
 
-def route_of(*samples: int, batch: int) -> Route:
+def route_of(*samples: int, batch: int, device: str = "cpu") -> Route:
     """A route over `samples`. What lies behind its count points far outside, so that use shows."""
     padded = torch.full((batch,), 10**6, dtype=torch.int32)
     padded[: len(samples)] = torch.tensor(samples, dtype=torch.int32)
-    return Route(torch.tensor(len(samples), dtype=torch.int32), padded)
+    count = torch.tensor(len(samples), dtype=torch.int32)
+    return Route(count.to(device), padded.to(device))

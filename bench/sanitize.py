@@ -1,0 +1,71 @@
+"""Runs every Triton kernel once at a small odd size: what compute-sanitizer is let loose on.
+
+compute-sanitizer --tool memcheck python bench/sanitize.py
+"""
+
+import torch
+
+import tossup
+
+BATCH, SEQLEN, HEADS, KV_HEADS, DIM, STATES = 3, 130, 4, 2, 72, 16
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+
+
+def backward(*results: torch.Tensor) -> None:
+    sum(result.float().sum() for result in results).backward()
+
+
+def attention(route: tossup.Route) -> None:
+    for head_dim, dtype in ((64, torch.bfloat16), (40, torch.float16), (128, torch.float32)):
+        q = random(BATCH, SEQLEN, HEADS, head_dim, dtype=dtype)
+        k, v = (random(BATCH, SEQLEN, KV_HEADS, head_dim, dtype=dtype) for _ in range(2))
+        out, lse = tossup.flash_attention(q, k, v, causal=True, return_lse=True, route=route)
+        rows = route.samples[: int(route.count)].long()
+        backward(out[rows], lse[rows])
+    bounds = torch.tensor([0, 1, 70, SEQLEN], dtype=torch.int32, device="cuda")
+    q, k, v = (random(SEQLEN, HEADS, 64) for _ in range(3))
+    backward(tossup.flash_attention(q, k, v, window_size=(9, 5), cu_seqlens_q=bounds))
+
+
+def mamba(route: tossup.Route) -> None:
+    u, z, delta = (random(BATCH, SEQLEN, DIM) for _ in range(3))
+    taps = random(DIM, 4, dtype=torch.float32)
+    seq_idx = torch.arange(SEQLEN, device="cuda").div(50, rounding_mode="floor").int()
+    seq_idx = seq_idx.expand(BATCH, -1)
+    x, tail = tossup.causal_conv1d(
+        u, taps, activation="silu", seq_idx=seq_idx, return_final_state=True, route=route
+    )
+    A = random(DIM, STATES, dtype=torch.float32)
+    B, C = (random(BATCH, SEQLEN, 1, STATES) for _ in range(2))
+    y, state = tossup.selective_scan(
+        x, delta, -A.exp(), B, C, random(DIM, dtype=torch.float32), z,
+        random(DIM, dtype=torch.float32), delta_softplus=True, seq_idx=seq_idx,
+        return_final_state=True, route=route,
+    )  # fmt: skip
+    rows = route.samples[: int(route.count)].long()
+    backward(y[rows], state[rows], tail[rows])
+
+
+def positions(route: tossup.Route) -> None:
+    angles = tossup.rotary_angles(torch.arange(SEQLEN, device="cuda"), 32)
+    for interleaved in (False, True):
+        x = random(BATCH, SEQLEN, HEADS, 40)
+        out = tossup.rotary(x, *angles, interleaved=interleaved, route=route)
+        backward(out[route.samples[: int(route.count)].long()])
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    strategy = tossup.Strategy(mixers=2, kind="full_layout", per_sample=True)
+    table = tossup.draw(strategy, seed=0, step=0, layers=3, batch=BATCH, device="cuda")
+    for op in (attention, mamba, positions):
+        for mixer in range(2):
+            op(table.route(1, mixer))
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
