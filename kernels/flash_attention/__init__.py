@@ -30,8 +30,14 @@ def flash_attention(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     return_lse: bool = False,
     route: Route | None = None,
     impl: Impl = "auto",
@@ -45,11 +51,22 @@ def flash_attention(
     window_size: how many keys to the left and to the right of its own position a query sees, -1
         for all. Query i stands at key i + seqlen_k - seqlen_q. `causal` makes the right side 0.
     softmax_scale: factor on the scores; head_dim ** -0.5 by default.
+    softcap: c > 0 replaces a scaled score s by c · tanh(s / c) (Gemma 2, arXiv:2408.00118). 0 is no
+        cap.
+    alibi_slopes: floating, (heads,) or (batch, heads), packed (sequences, heads): then a score
+        loses slope · |i + seqlen_k - seqlen_q - j| for query i and key j (Press et al. 2022,
+        arXiv:2108.12409). Without gradient.
+    dropout_p: probability, below 1, of leaving a weight of the softmax out; the others grow by
+        1 / (1 - dropout_p). The log-sum-exp is that without dropout.
+    dropout_seed: int64, shape (), on q's device: the same one drops the same weights, forward and
+        backward, in all implementations. By default drawn from torch's generator of that device.
     cu_seqlens_q: int32 (sequences + 1,): sequence n of the packed q, (total_q, heads, head_dim),
         is q[cu_seqlens_q[n] : cu_seqlens_q[n + 1]]. What lies behind the last sequence is left
         unwritten in the results and gradients.
     cu_seqlens_k: the same for the packed k and v, (total_k, kv_heads, head_dim); cu_seqlens_q by
         default.
+    max_seqlen_q, max_seqlen_k: that no packed sequence is longer, which spares a GPU programs that
+        have to find it out. Of longer ones it may leave the end unwritten. By default the totals.
     return_lse: return (out, lse) instead of out. lse is the log-sum-exp of the scaled scores,
         (batch, heads, seqlen_q), packed (heads, total_q); float32, or float64 for float64 inputs.
         Differentiable.
@@ -64,6 +81,20 @@ def flash_attention(
         raise ValueError(
             f"window_size must be (left, right), each -1 or at least 0, got {window_size}"
         )
+    if not 0 <= softcap < float("inf"):
+        raise ValueError(f"softcap must be 0 or a positive number, got {softcap}")
+    check_slopes(q, alibi_slopes, cu_seqlens_q)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+    if dropout_p == 0:
+        dropout_seed = None
+    elif dropout_seed is None:
+        dropout_seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
+    elif dropout_seed.dtype != torch.int64 or dropout_seed.ndim:
+        raise ValueError(
+            "dropout_seed must be int64 of shape (),"
+            f" got {dropout_seed.dtype} of shape {tuple(dropout_seed.shape)}"
+        )
     left, right = window_size
     right = 0 if causal else right
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -73,14 +104,16 @@ def flash_attention(
     impl = resolve_impl(impl, q.device)
     if impl == "reference":
         out, lse = flash_attention_reference(
-            q, k, v, left, right, scale, cu_seqlens_q, cu_seqlens_k, route
-        )
+            q, k, v, left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed,
+            cu_seqlens_q, cu_seqlens_k, route,
+        )  # fmt: skip
     else:
         from .ops import flash_attention_op
 
         out, lse = flash_attention_op(
-            q, k, v, left, right, scale, cu_seqlens_q, cu_seqlens_k, *tensors_of(route), impl
-        )
+            q, k, v, left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed,
+            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *tensors_of(route), impl,
+        )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
@@ -126,3 +159,16 @@ def check_tensors(
                 "cu_seqlens_q and cu_seqlens_k must hold as many sequences,"
                 f" got {len(cu_seqlens_q) - 1} and {len(cu_seqlens_k) - 1}"
             )
+
+
+def check_slopes(q: Tensor, slopes: Tensor | None, cu_seqlens_q: Tensor | None) -> None:
+    if slopes is None:
+        return
+    heads = q.shape[-2]
+    samples = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    fits = slopes.shape == (heads,) or slopes.shape == (samples, heads)
+    if not fits or not slopes.is_floating_point():
+        raise ValueError(
+            f"alibi_slopes must be floating, ({heads},) or ({samples}, {heads}),"
+            f" got {slopes.dtype} {tuple(slopes.shape)}"
+        )

@@ -4,9 +4,12 @@ They group heads as this op does. They know one mask by name, the causal one of 
 and keys, and take any other as a matrix to add. They are not called with a query that sees no key,
 for which they give a log-sum-exp of 0, nor with an empty sequence, on which they divide by zero.
 Queries without a key are the first ones, and to leave them out moves no bottom-right aligned mask.
+They know no softcap, no ALiBi and no dropout that could be told which weights to drop: with these,
+the reference runs in their place, forward and, differentiated by torch, backward.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,74 +17,66 @@ from torch import Tensor
 
 from ..precision import wide
 from ..routing import rows_of
+from .reference import attend as attend_reference
 from .reference import sequences
 
 aten = torch.ops.aten
 Index = tuple[Tensor | slice, ...]
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    left: int,
-    right: int,
-    scale: float,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    count: Tensor | None,
-    samples: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if cu_seqlens_q is None and count is None:  # the results as they come, without a copy
-        out, lse = attend(q, k, v, left, right, scale)
-        return out, lse.transpose(-1, -2)
+class Options(NamedTuple):
+    """What the scores go through, as the reference's `attend` takes it."""
 
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(q.shape[:-1], dtype=wide(q.dtype))
-    outs, lses, q, k, v = batched(out, lse, q, k, v, packed=cu_seqlens_q is not None)
-    for of_q, of_k in parts(q, k, cu_seqlens_q, cu_seqlens_k, count, samples):
-        outs[of_q], lses[of_q] = attend(q[of_q], k[of_k], v[of_k], left, right, scale)
-    return out, lse.transpose(-1, -2)
+    left: int
+    right: int
+    scale: float
+    softcap: float
+    alibi_slopes: Tensor | None
+    dropout_p: float
+    dropout_seed: Tensor | None
+
+    @property
+    def plain(self) -> bool:
+        return not self.softcap and self.alibi_slopes is None and self.dropout_seed is None
+
+
+def forward(
+    q, k, v, left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed,
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, count, samples,
+):  # fmt: skip
+    options = Options(left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed)
+    if cu_seqlens_q is None and count is None:  # the results as they come
+        out, lse = attend(q, k, v, options, torch.arange(len(q)))
+        return out.contiguous(), lse.transpose(-1, -2).contiguous()
+
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=wide(q.dtype))
+    packed = cu_seqlens_q is not None
+    outs, lses, q, k, v = batched(out, lse.transpose(-1, -2), q, k, v, packed=packed)
+    for of_q, of_k, chosen in parts(q, k, cu_seqlens_q, cu_seqlens_k, count, samples):
+        outs[of_q], lses[of_q] = attend(q[of_q], k[of_k], v[of_k], options, chosen)
+    return out, lse
 
 
 def backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    left: int,
-    right: int,
-    scale: float,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    count: Tensor | None,
-    samples: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout, dlse, q, k, v, out, lse, left, right, scale, softcap, alibi_slopes, dropout_p,
+    dropout_seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, count, samples,
+):  # fmt: skip
+    options = Options(left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed)
     lse = lse.transpose(-1, -2)
     dlse = None if dlse is None else dlse.transpose(-1, -2)
     if cu_seqlens_q is None and count is None:
-        return attend_backward(dout, dlse, q, k, v, out, lse, left, right, scale)
+        return attend_backward(dout, dlse, q, k, v, out, lse, options, torch.arange(len(q)))
 
     packed = cu_seqlens_q is not None
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    grads = [x.new_empty(x.shape) for x in (q, k, v)]
     dq, dk, dv, dout, q, k, v, out, lse = batched(*grads, dout, q, k, v, out, lse, packed=packed)
     if dlse is not None:
         (dlse,) = batched(dlse, packed=packed)
-    for of_q, of_k in parts(q, k, cu_seqlens_q, cu_seqlens_k, count, samples):
+    for of_q, of_k, chosen in parts(q, k, cu_seqlens_q, cu_seqlens_k, count, samples):
+        of_dlse = None if dlse is None else dlse[of_q]
         dq[of_q], dk[of_k], dv[of_k] = attend_backward(
-            dout[of_q],
-            None if dlse is None else dlse[of_q],
-            q[of_q],
-            k[of_k],
-            v[of_k],
-            out[of_q],
-            lse[of_q],
-            left,
-            right,
-            scale,
+            dout[of_q], of_dlse, q[of_q], k[of_k], v[of_k], out[of_q], lse[of_q], options, chosen
         )
     return grads[0], grads[1], grads[2]
 
@@ -98,34 +93,40 @@ def parts(
     cu_seqlens_k: Tensor | None,
     count: Tensor | None,
     samples: Tensor | None,
-) -> Iterator[tuple[Index, Index]]:
-    """What one call can take, as indices of q and of k: a dense batch at once, or a sequence."""
-    rows = rows_of(count, samples)
+) -> Iterator[tuple[Index, Index, Tensor]]:
+    """What one call can take, a dense batch at once or a sequence: indices of q and of k, and which
+    samples these are."""
+    number = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    chosen = torch.arange(number)[rows_of(count, samples)]
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        yield (rows,), (rows,)
+        yield (chosen,), (chosen,), chosen
         return
-    for of_q, of_k in sequences(q[0], k[0], cu_seqlens_q, cu_seqlens_k, rows):
-        yield (slice(None), of_q), (slice(None), of_k)
+    places = sequences(q[0], k[0], cu_seqlens_q, cu_seqlens_k, chosen)
+    for (of_q, of_k), sample in zip(places, chosen.unsqueeze(1), strict=True):
+        yield (slice(None), of_q), (slice(None), of_k), sample
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, left: int, right: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, options: Options, samples: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(batch, seqlen, heads, head_dim) -> the same, and (batch, seqlen, heads)."""
-    blind = blind_queries(q, k, right)
+    if not options.plain:
+        out, lse = attend_reference(q, k, v, *options, samples)
+        return out, lse.transpose(1, 2)
+    blind = blind_queries(q, k, options.right)
     if blind or q.numel() == 0:
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         lse = q.new_full(q.shape[:-1], float("-inf"), dtype=wide(q.dtype))
         if blind < q.shape[1] and q.numel():
-            out[:, blind:], lse[:, blind:] = attend(q[:, blind:], k, v, left, right, scale)
+            out[:, blind:], lse[:, blind:] = attend(q[:, blind:], k, v, options, samples)
         return out, lse
 
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         heads_first(q),
         heads_first(k),
         heads_first(v),
-        **visible(q, k, left, right),
-        scale=scale,
+        **visible(q, k, options.left, options.right),
+        scale=options.scale,
     )
     return out.transpose(1, 2), lse.transpose(1, 2)
 
@@ -138,12 +139,13 @@ def attend_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    left: int,
-    right: int,
-    scale: float,
+    options: Options,
+    samples: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend`'s inputs; dlse and lse are (batch, seqlen, heads), as `attend`'s."""
-    blind = blind_queries(q, k, right)
+    if not options.plain:
+        return attend_reference_backward(dout, dlse, q, k, v, options, samples)
+    blind = blind_queries(q, k, options.right)
     if blind == q.shape[1] or q.numel() == 0:
         contiguous = torch.contiguous_format
         dq, dk, dv = (torch.zeros_like(x, memory_format=contiguous) for x in (q, k, v))
@@ -153,7 +155,7 @@ def attend_backward(
         dlse = None if dlse is None else dlse[:, blind:]
 
     head_dim = q.shape[-1]
-    options = visible(q, k, left, right)
+    mask = visible(q, k, options.left, options.right)
     if dlse is not None:
         # The kernel takes Δ = Σ dO O from its inputs. One more channel, in which dO is 1, O is -dL
         # and V is 0, makes that Σ dO O - dL and leaves dP as it was.
@@ -169,12 +171,31 @@ def attend_backward(
         heads_first(out),
         lse.transpose(1, 2),
         dropout_p=0.0,
-        **options,
-        scale=scale,
+        **mask,
+        scale=options.scale,
     )
     dq, dk, dv = (x.transpose(1, 2)[..., :head_dim] for x in grads)
     if blind:
         dq = F.pad(dq, (0, 0, 0, 0, blind, 0))
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+def attend_reference_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    samples: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return attend_reference(q, k, v, *options, samples)
+
+    # Not autograd, which is switched off inside an op
+    (_, lse), pullback = torch.func.vjp(reference, q, k, v)
+    of_lse = torch.zeros_like(lse) if dlse is None else dlse.transpose(1, 2)
+    dq, dk, dv = pullback((dout, of_lse))
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 

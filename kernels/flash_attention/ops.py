@@ -16,21 +16,28 @@ def flash_attention_op(
     left: int,
     right: int,
     scale: float,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
     count: Tensor | None,
     samples: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     return load_backend(__package__, impl).forward(
-        q, k, v, left, right, scale, cu_seqlens_q, cu_seqlens_k, count, samples
-    )
+        q, k, v, left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed,
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, count, samples,
+    )  # fmt: skip
 
 
 @flash_attention_op.register_fake
-def _(q, k, v, left, right, scale, cu_seqlens_q, cu_seqlens_k, count, samples, impl):
-    lse = q.new_empty(q.shape[:-1], dtype=wide(q.dtype))
-    return torch.empty_like(q, memory_format=torch.contiguous_format), lse.transpose(-1, -2)
+def _(q, *others):
+    *batch, seqlen, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((*batch, heads, seqlen), dtype=wide(q.dtype))
 
 
 @torch.library.custom_op("tossup::flash_attention_backward", mutates_args=())
@@ -45,40 +52,49 @@ def flash_attention_backward_op(
     left: int,
     right: int,
     scale: float,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
     count: Tensor | None,
     samples: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return load_backend(__package__, impl).backward(
-        dout, dlse, q, k, v, out, lse,
-        left, right, scale, cu_seqlens_q, cu_seqlens_k, count, samples,
+        dout, dlse, q, k, v, out, lse, left, right, scale, softcap, alibi_slopes, dropout_p,
+        dropout_seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, count, samples,
     )  # fmt: skip
 
 
 @flash_attention_backward_op.register_fake
-def _(dout, dlse, q, k, v, out, lse, left, right, scale, cu_q, cu_k, count, samples, impl):
-    contiguous = torch.contiguous_format
-    return tuple(torch.empty_like(x, memory_format=contiguous) for x in (q, k, v))
+def _(dout, dlse, q, k, v, *others):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def save_for_backward(ctx, inputs, output):
-    q, k, v, left, right, scale, cu_seqlens_q, cu_seqlens_k, count, samples, impl = inputs
+    q, k, v, left, right, scale, softcap, slopes, dropout_p, seed, *bounds = inputs
+    cu_seqlens_q, cu_seqlens_k, *longest, count, samples, impl = bounds
+    # The seed and the route are what they are now: both live on the device, and move on there
+    seed = None if seed is None else seed.clone()
     route = snapshot(count, samples)
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, *route)
-    ctx.options = left, right, scale, impl
+    ctx.save_for_backward(q, k, v, *output, slopes, seed, cu_seqlens_q, cu_seqlens_k, *route)
+    ctx.options = left, right, scale, softcap, dropout_p, longest, impl
     ctx.set_materialize_grads(False)  # nobody who ignores lse pays for its gradient
 
 
 def differentiate(ctx, dout, dlse):
-    q, k, v, out, lse, *places = ctx.saved_tensors
-    left, right, scale, impl = ctx.options
+    q, k, v, out, lse, slopes, seed, cu_seqlens_q, cu_seqlens_k, *route = ctx.saved_tensors
+    left, right, scale, softcap, dropout_p, longest, impl = ctx.options
     dout = torch.zeros_like(out) if dout is None else dout
     grads = flash_attention_backward_op(
-        dout, dlse, q, k, v, out, lse, left, right, scale, *places, impl
-    )
-    return *grads, *(None,) * 8
+        dout, dlse, q, k, v, out, lse, left, right, scale, softcap, slopes, dropout_p, seed,
+        cu_seqlens_q, cu_seqlens_k, *longest, *route, impl,
+    )  # fmt: skip
+    return *grads, *(None,) * 14
 
 
 flash_attention_op.register_autograd(differentiate, setup_context=save_for_backward)

@@ -4,23 +4,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..philox import LOW, philox
 from .strategy import LAYOUT_LAYER, Strategy, thresholds
 from .table import MixerTable
-
-LOW = 2**32 - 1
 
 
 def philox_words(seed: int, step: int, layers: np.ndarray, samples: np.ndarray) -> np.ndarray:
     """The first word of Philox4x32-10 for every layer and sample: uint64, [layers, samples]."""
-    c0, c1 = np.array([[[step & LOW]], [[step >> 32]]], np.uint64)
-    c2, c3 = np.broadcast_arrays(layers[:, None], samples)
-    k0, k1 = seed & LOW, seed >> 32
-    for _ in range(10):
-        p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c1 = (p1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0), p1 & np.uint64(LOW)
-        c2, c3 = (p0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1), p0 & np.uint64(LOW)
-        k0, k1 = (k0 + 0x9E3779B9) & LOW, (k1 + 0xBB67AE85) & LOW
-    return c0
+    layer, sample = (torch.from_numpy(x.astype(np.int64)) for x in (layers, samples))
+    counter = (step & LOW, step >> 32, layer[:, None], sample[None, :])
+    return philox((seed & LOW, seed >> 32), counter).numpy().astype(np.uint64)
 
 
 def uniform(words: np.ndarray, choices: np.ndarray | int) -> np.ndarray:

@@ -18,3 +18,9 @@ def poisoned_memory(monkeypatch):
             return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
 
         monkeypatch.setattr(owner, name, poisoned)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Cases of one test share its code, which torch compiles only so many times."""
+    torch._dynamo.reset()

@@ -1,0 +1,108 @@
+import triton
+import triton.language as tl
+
+from ..dot import dot
+from ..routing.gate import active_sample
+from .tiles import (
+    LN_2,
+    dropout_of,
+    dropped,
+    key_range,
+    load_tile,
+    scores_of,
+    slope_of,
+    span,
+    store_tile,
+    tiles_of,
+    visible,
+)
+
+
+@triton.jit
+def attend(
+    acc, total, top, q, keys, values, start, stop, i, window, scoring, dropout,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys from start to stop to acc, total and top. Unless EDGE, every query sees all."""
+    for n in tl.range(start, stop, BLOCK_N):
+        j = n + tl.arange(0, BLOCK_N)
+        k = load_tile(keys, n, window[1], HEAD_DIM, EDGE)  # [BLOCK_N, BLOCK_D]
+        products = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+        scores, _ = scores_of(products, i[:, None], j[None, :], window, scoring)
+        if EDGE:
+            seen = visible(i[:, None], j[None, :], window)
+            scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        base = higher
+        if EDGE:  # a query that has seen no key yet has no finite score to subtract
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(scores - base[:, None])
+        decay = tl.exp2(top - base)
+        total = total * decay + tl.sum(weights, 1)
+        top = higher
+        if dropout is not None:
+            weights = dropped(weights, i[:, None], j[None, :], dropout)
+        v = load_tile(values, n, window[1], HEAD_DIM, EDGE)  # [BLOCK_N, BLOCK_D]
+        acc = dot(weights.to(v.dtype), v, acc * decay[:, None])
+    return acc, total, top
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "left", "right", "threshold"])
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, slopes_ptr, seed_ptr, cu_q_ptr, cu_k_ptr, count_ptr, samples_ptr,
+    out_ptr, lse_ptr,
+    seqlen_q, seqlen_k, group, left, right, scale, softcap, threshold: tl.uint32, keep_scale,
+    stride_q, stride_k, stride_v, stride_slopes, stride_out, stride_lse,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    OFFSET: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries of one head of one active sample; the last tile, the longest, goes first.
+
+    stride_*: (batch, seqlen, heads, head_dim); of slopes (batch, heads), of lse (batch, heads,
+    seqlen).
+    """
+    sample = active_sample(count_ptr, samples_ptr, tl.program_id(2))
+    if sample < 0:
+        return
+    head = tl.program_id(0)
+    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    row_q, seqlen_q = span(cu_q_ptr, sample, seqlen_q)
+    row_k, seqlen_k = span(cu_k_ptr, sample, seqlen_k)
+    if first >= seqlen_q:
+        return
+    window = (seqlen_k - seqlen_q, seqlen_k, left, right)
+    scoring = (scale, softcap, slope_of(slopes_ptr, stride_slopes, sample, head))
+    dropout = dropout_of(seed_ptr, threshold, keep_scale, sample, head)
+    queries = tiles_of(q_ptr, stride_q, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
+    keys = tiles_of(k_ptr, stride_k, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET)
+    values = tiles_of(v_ptr, stride_v, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET)
+    outs = tiles_of(out_ptr, stride_out, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
+    i = first + tl.arange(0, BLOCK_M)
+
+    # [BLOCK_M, BLOCK_D]
+    q = load_tile(queries, first, seqlen_q, HEAD_DIM, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # [BLOCK_M]
+    total = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    start, inner_start, inner_stop, stop = key_range(first, window, BLOCK_M, BLOCK_N)
+    if left is not None:
+        acc, total, top = attend(
+            acc, total, top, q, keys, values, start, inner_start, i, window, scoring, dropout,
+            HEAD_DIM, BLOCK_N, True,
+        )  # fmt: skip
+    acc, total, top = attend(
+        acc, total, top, q, keys, values, inner_start, inner_stop, i, window, scoring, dropout,
+        HEAD_DIM, BLOCK_N, False,
+    )  # fmt: skip
+    acc, total, top = attend(
+        acc, total, top, q, keys, values, tl.maximum(inner_start, inner_stop), stop, i, window,
+        scoring, dropout, HEAD_DIM, BLOCK_N, True,
+    )  # fmt: skip
+
+    blind = total == 0
+    total = tl.where(blind, 1.0, total)
+    store_tile(outs, first, seqlen_q, acc / total[:, None], HEAD_DIM)
+    lse = tl.where(blind, float("-inf"), (top + tl.log2(total)) * LN_2)
+    lse_ptr += sample * stride_lse[0] + tl.cast(head, tl.int64) * stride_lse[1] + row_q
+    tl.store(lse_ptr + i, lse, mask=i < seqlen_q)

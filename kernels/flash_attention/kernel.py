@@ -1,0 +1,159 @@
+"""Triton kernels and launchers.
+
+A program holds a tile of queries and goes through the keys that its queries see. The scores of a
+tile live in registers, and the softmax is built up as it goes: a running maximum and sum per query.
+Tiles of keys that no query of the tile sees are skipped, those that all of them see are not masked,
+and where attention is causal the longest programs start first.
+
+The backward pass has two kernels and no atomics. The first holds queries, and writes dQ and
+Δ = Σ dO O − dL; the second holds keys, goes through the queries and the heads of the group, and
+writes dK and dV. It takes 7 products of tiles where 5 would do, and always gives the same bits.
+
+Dropout leaves no mask behind: one word of Philox4x32-10 says for each weight whether it is kept, in
+all implementations the same one, and the backward pass draws it anew.
+
+Floor, per query and key that it sees, head dim D, on Hopper (per SM and cycle: 4096 dense 16-bit
+FLOPs, 16 MUFU, 128 lanes of the other pipes):
+
+    forward    4 D FLOPs: at D = 128, 512 / 4096 = 0.125 cycles. One exp2: 1 / 16 = 0.063. About 7
+               instructions (scale, maximum, subtract, sum, convert): 7 / 128 = 0.055.
+    backward   14 D FLOPs, two exp2, and about 2 · 9 instructions: 0.44, 0.125 and 0.14 cycles.
+
+Matrix FLOPs bind where D >= 64, if the softmax of one tile overlaps the products of another; at
+D = 64 the forward's FLOPs and exp2 are equal, and below that exp2 binds. Bytes do not: a tile of
+128 queries reads 4 D bytes of K and V for 512 D FLOPs. How near the kernels come: not measured.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..precision import refuse_float64
+from ..target import arch
+from .backward_kernel import dkdv_kernel, dq_kernel
+from .forward_kernel import forward_kernel
+
+# The tile that a program holds, the tile that it goes through, and the stages of the pipeline, by
+# the head dim that fits. Found by compiling offline: the largest that spill no register.
+Tiles = dict[str, dict[int, tuple[int, int, int]]]
+WARPGROUPS: Tiles = {  # sm_90, sm_100: 227 KB of shared memory, products by warpgroups
+    "forward": {64: (128, 128, 3), 128: (128, 64, 3), 256: (128, 32, 2)},
+    "dq": {64: (128, 64, 3), 128: (128, 64, 2), 256: (128, 32, 2)},
+    "dkdv": {64: (128, 64, 2), 128: (128, 32, 2), 256: (32, 32, 2)},
+}
+WARPS: Tiles = {  # every other: 99 KB, products by warps
+    "forward": {64: (128, 64, 3), 128: (128, 32, 3), 256: (64, 32, 2)},
+    "dq": {64: (64, 64, 2), 128: (64, 32, 2), 256: (64, 16, 2)},
+    "dkdv": {64: (64, 64, 2), 128: (64, 32, 2), 256: (32, 16, 2)},
+}
+LANES: Tiles = {  # float32, whose products have no matrix unit
+    "forward": {64: (32, 32, 2), 128: (32, 16, 2), 256: (16, 16, 2)},
+    "dq": {64: (32, 32, 2), 128: (32, 16, 2), 256: (16, 16, 2)},
+    "dkdv": {64: (32, 32, 2), 128: (32, 16, 2), 256: (16, 16, 2)},
+}
+
+
+def configure(kernel: str, head_dim: int, dtype: torch.dtype, busy: bool) -> dict[str, int]:
+    """Tiles, warps and stages of a kernel: forward, dq or dkdv.
+
+    busy: whether softcap, ALiBi or dropout need registers of their own.
+    """
+    if dtype == torch.float32:
+        tiles = LANES
+    else:
+        tiles = WARPGROUPS if arch() in (90, 100) else WARPS
+    held, walked, stages = next(t for limit, t in tiles[kernel].items() if head_dim <= limit)
+    if (busy or (kernel == "dkdv" and arch() == 100)) and walked > 16:
+        walked //= 2
+    block_m, block_n = (walked, held) if kernel == "dkdv" else (held, walked)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    return {
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d,
+        "num_warps": 8, "num_stages": stages,
+    }  # fmt: skip
+
+
+def check(q: Tensor) -> None:
+    refuse_float64(q=q)
+    if q.shape[-1] > 256:
+        raise ValueError(f"q must have a head_dim of at most 256 on a GPU, got {q.shape[-1]}")
+
+
+def strides(tensor: Tensor | None, ndim: int) -> tuple[int, ...]:
+    """A batch's strides. Of a packed tensor, all samples lie where the first one does."""
+    if tensor is None:
+        return (0,) * ndim
+    return (0,) * (ndim - tensor.ndim) + tensor.stride()
+
+
+def offsets_within(*tiles: Tensor) -> tl.dtype:
+    """The integer that holds every offset within a tile, of up to 128 rows."""
+    reach = max(128 * x.stride(-3) + 256 * x.stride(-1) for x in tiles)
+    return tl.int32 if reach < 2**31 else tl.int64
+
+
+def shared_arguments(q, k, left, right, scale, softcap, dropout_p) -> tuple:
+    """From seqlen_q to keep_scale, as all three kernels take them."""
+    threshold = min(round(dropout_p * 2**32), 2**32 - 1)
+    group = q.shape[-2] // k.shape[-2]
+    window = (None if left < 0 else left, None if right < 0 else right)
+    return (
+        q.shape[-3], k.shape[-3], group, *window, scale, softcap or None, threshold,
+        1 / (1 - dropout_p),
+    )  # fmt: skip
+
+
+def forward(
+    q, k, v, left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed,
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, count, samples,
+):  # fmt: skip
+    check(q)
+    *_, seqlen_q, heads, head_dim = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((*q.shape[:-3], heads, seqlen_q), dtype=torch.float32)
+    sequences = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    longest_q = seqlen_q if max_seqlen_q is None else max_seqlen_q
+    busy = softcap != 0 or alibi_slopes is not None or dropout_seed is not None
+    config = configure("forward", head_dim, q.dtype, busy)
+    forward_kernel[(heads, triton.cdiv(longest_q, config["BLOCK_M"]), sequences)](
+        q, k, v, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k, count, samples, out, lse,
+        *shared_arguments(q, k, left, right, scale, softcap, dropout_p),
+        strides(q, 4), strides(k, 4), strides(v, 4), strides(alibi_slopes, 2), strides(out, 4),
+        strides(lse, 3),
+        HEAD_DIM=head_dim, OFFSET=offsets_within(q, k, v, out), **config,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    dout, dlse, q, k, v, out, lse, left, right, scale, softcap, alibi_slopes, dropout_p,
+    dropout_seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, count, samples,
+):  # fmt: skip
+    *_, seqlen_q, heads, head_dim = q.shape
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    delta = lse.new_empty(lse.shape)
+    sequences = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    longest_q = seqlen_q if max_seqlen_q is None else max_seqlen_q
+    longest_k = k.shape[-3] if max_seqlen_k is None else max_seqlen_k
+    busy = softcap != 0 or alibi_slopes is not None or dropout_seed is not None
+    arguments = shared_arguments(q, k, left, right, scale, softcap, dropout_p)
+    offset = offsets_within(dout, q, k, v, out)
+
+    config = configure("dq", head_dim, q.dtype, busy)
+    dq_kernel[(heads, triton.cdiv(longest_q, config["BLOCK_M"]), sequences)](
+        dout, dlse, q, k, v, out, lse, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k,
+        count, samples, dq, delta, *arguments,
+        strides(dout, 4), strides(dlse, 3), strides(q, 4), strides(k, 4), strides(v, 4),
+        strides(alibi_slopes, 2), strides(out, 4), strides(lse, 3),
+        HEAD_DIM=head_dim, OFFSET=offset, **config,
+    )  # fmt: skip
+    config = configure("dkdv", head_dim, q.dtype, busy)
+    dkdv_kernel[(k.shape[-2], triton.cdiv(longest_k, config["BLOCK_N"]), sequences)](
+        dout, q, k, v, lse, delta, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k,
+        count, samples, dk, dv, *arguments,
+        strides(dout, 4), strides(q, 4), strides(k, 4), strides(v, 4), strides(alibi_slopes, 2),
+        strides(lse, 3), strides(dk, 4),
+        HEAD_DIM=head_dim, OFFSET=offset, **config,
+    )  # fmt: skip
+    return dq, dk, dv

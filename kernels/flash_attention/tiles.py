@@ -1,0 +1,169 @@
+"""What the Triton kernels share: where a sequence lies, which keys a query sees, and its scores."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def span(cu_seqlens_ptr, sample, seqlen):
+    """The first row of a sample's sequence, int64, and its length; a dense one begins at row 0."""
+    first = sample * 0
+    if cu_seqlens_ptr is not None:
+        start = tl.load(cu_seqlens_ptr + sample)
+        seqlen = tl.load(cu_seqlens_ptr + sample + 1) - start
+        first += start
+    return first, seqlen
+
+
+@triton.jit
+def tiles_of(
+    ptr, stride, sample, row, head, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, OFFSET: tl.constexpr
+):  # fmt: skip
+    """The tiles [BLOCK, BLOCK_D] of a head's sequence, which begins at `row`.
+
+    stride: (batch, seqlen, heads, head_dim).
+    Returns where the sequence begins, the offsets within a tile, and the stride from row to row.
+    The first two are kept apart, as an offset then takes one register.
+    """
+    start = ptr + sample * stride[0] + row * stride[1] + tl.cast(head, tl.int64) * stride[2]
+    t, d = tl.arange(0, BLOCK).to(OFFSET), tl.arange(0, BLOCK_D).to(OFFSET)
+    return start, t[:, None] * stride[1] + d[None, :] * stride[3], stride[1]
+
+
+@triton.jit
+def tile_at(tiles, first, seqlen, HEAD_DIM: tl.constexpr):
+    """Pointers to the tile whose first row is `first`, and which of its elements are there."""
+    start, offsets, stride = tiles
+    there = (first + tl.arange(0, offsets.shape[0]) < seqlen)[:, None]
+    if offsets.shape[1] != HEAD_DIM:
+        there = there & (tl.arange(0, offsets.shape[1]) < HEAD_DIM)[None, :]
+    return start + tl.cast(first, tl.int64) * stride + offsets, there
+
+
+@triton.jit
+def load_tile(tiles, first, seqlen, HEAD_DIM: tl.constexpr, EDGE: tl.constexpr):
+    """A tile, with zeros where nothing is. Unless EDGE, all its rows are there."""
+    ptrs, there = tile_at(tiles, first, seqlen, HEAD_DIM)
+    if EDGE:
+        tile = tl.load(ptrs, mask=there, other=0.0)
+    elif ptrs.shape[1] != HEAD_DIM:
+        tile = tl.load(ptrs, mask=(tl.arange(0, ptrs.shape[1]) < HEAD_DIM)[None, :], other=0.0)
+    else:
+        tile = tl.load(ptrs)
+    return tile
+
+
+@triton.jit
+def store_tile(tiles, first, seqlen, tile, HEAD_DIM: tl.constexpr):
+    ptrs, there = tile_at(tiles, first, seqlen, HEAD_DIM)
+    tl.store(ptrs, tile.to(ptrs.dtype.scalar.element_ty), mask=there)
+
+
+@triton.jit
+def key_range(first, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The keys that BLOCK_M queries from `first` on see, in whole tiles but for the last.
+
+    window: (shift, seqlen_k, left, right): query i stands at key i + shift, and sees `left` keys to
+    its left and `right` to its right; None is all.
+    Returns start, inner_start, inner_stop, stop: tiles within the inner part need no mask.
+    """
+    shift, seqlen_k, left, right = window
+    start = first * 0
+    inner_start = start
+    stop = seqlen_k
+    inner_stop = seqlen_k // BLOCK_N * BLOCK_N
+    if left is not None:
+        start = tl.maximum(first + shift - left, 0) // BLOCK_N * BLOCK_N
+        inner_start = tl.maximum(first + BLOCK_M - 1 + shift - left, 0)
+        inner_start = tl.cdiv(inner_start, BLOCK_N) * BLOCK_N
+    if right is not None:
+        stop = tl.minimum(stop, tl.maximum(first + BLOCK_M + shift + right, 0))
+        inner_stop = tl.minimum(inner_stop, tl.maximum(first + shift + right + 1, 0))
+        inner_stop = inner_stop // BLOCK_N * BLOCK_N
+    return start, tl.minimum(inner_start, stop), inner_stop, stop
+
+
+@triton.jit
+def query_range(first, seqlen_q, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Start and stop of the queries that see any of BLOCK_N keys from `first` on, likewise."""
+    shift, _, left, right = window
+    start = first * 0
+    stop = seqlen_q
+    if right is not None:
+        start = tl.maximum(first - shift - right, 0) // BLOCK_M * BLOCK_M
+    if left is not None:
+        stop = tl.minimum(stop, tl.maximum(first + BLOCK_N - shift + left, 0))
+    return start, stop
+
+
+@triton.jit
+def visible(i, j, window):
+    """Whether query i sees key j; i and j are a column and a row, or a row and a column."""
+    shift, seqlen_k, left, right = window
+    seen = j < seqlen_k
+    if left is not None:
+        seen = seen & (j >= i + shift - left)
+    if right is not None:
+        seen = seen & (j <= i + shift + right)
+    return seen
+
+
+@triton.jit
+def tanh(x):
+    """To 3e-7 of itself: near 0, where 1 - 2 / (1 + e²ˣ) cancels, by its Taylor series."""
+    square = x * x
+    series = square * 0.021869488536155203 - 0.05396825396825397
+    series = (series * square + 0.13333333333333333) * square - 0.3333333333333333
+    whole = 1 - 2 / (1 + tl.exp2(x * (2 * LOG2_E)))
+    return tl.where(square < 0.0625, x + x * square * series, whole)
+
+
+@triton.jit
+def scores_of(products, i, j, window, scoring):
+    """The scores of q · k, in units of log 2; and, under a cap, their hyperbolic tangents.
+
+    scoring: (scale, softcap, slope); no softcap and no slope of ALiBi are None.
+    """
+    scale, softcap, slope = scoring
+    capped = products
+    if softcap is not None:
+        capped = tanh(products * (scale / softcap))
+        scores = capped * (softcap * LOG2_E)
+    else:
+        scores = products * (scale * LOG2_E)
+    if slope is not None:
+        scores -= tl.abs(i + window[0] - j).to(tl.float32) * (slope * LOG2_E)
+    return scores, capped
+
+
+@triton.jit
+def slope_of(slopes_ptr, stride, sample, head):
+    """ALiBi's slope of a head. stride: (batch, heads)."""
+    slope = None
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + sample * stride[0] + head * stride[1]).to(tl.float32)
+    return slope
+
+
+@triton.jit
+def dropout_of(seed_ptr, threshold, keep_scale, sample, head):
+    """What `dropped` needs; None without dropout.
+
+    threshold: how many of 2³² words drop a weight. keep_scale: the factor on the others.
+    """
+    dropout = None
+    if seed_ptr is not None:
+        dropout = (tl.load(seed_ptr), threshold, keep_scale, sample.to(tl.int32), head)
+    return dropout
+
+
+@triton.jit
+def dropped(weights, i, j, dropout):
+    """The weights after dropout. Query, key, head and sample are Philox's counter."""
+    seed, threshold, keep_scale, sample, head = dropout
+    zeros = i * 0 + j * 0
+    words, _, _, _ = tl.philox(seed, zeros + j, zeros + i, zeros + head, zeros + sample)
+    return tl.where(words >= threshold, weights * keep_scale, 0.0)
