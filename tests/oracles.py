@@ -9,22 +9,24 @@ import sys
 from types import ModuleType
 
 
-def import_without_extensions() -> tuple[ModuleType, ModuleType]:
-    """mamba-ssm's modules of the scan and of `Mamba`."""
+def import_without_extensions() -> tuple[ModuleType, ModuleType, ModuleType]:
+    """mamba-ssm's modules of the scan, of its one step and of `Mamba`."""
     extension = "selective_scan_cuda"
     sys.modules[extension] = ModuleType(extension)
     try:
         from mamba_ssm.modules import mamba_simple
         from mamba_ssm.ops import selective_scan_interface
+        from mamba_ssm.ops.triton import selective_state_update
     finally:
         del sys.modules[extension]
     mamba_simple.selective_scan_fn = selective_scan_interface.selective_scan_ref
-    return selective_scan_interface, mamba_simple
+    return selective_scan_interface, selective_state_update, mamba_simple
 
 
-_scan, _module = import_without_extensions()
+_scan, _step, _module = import_without_extensions()
 
 selective_scan_ref = _scan.selective_scan_ref
+selective_state_update_ref = _step.selective_state_update_ref
 Mamba = _module.Mamba
 
-__all__ = ["Mamba", "selective_scan_ref"]
+__all__ = ["Mamba", "selective_scan_ref", "selective_state_update_ref"]

@@ -41,8 +41,9 @@ def selective_scan(
     u: (batch, seqlen, dim), the input; float16, bfloat16, float32 or float64.
     delta: (batch, seqlen, dim), the step sizes.
     A: (dim, state), real.
-    B: (batch, seqlen, groups of B, state). Channel d reads group d * groups // dim.
-    C: (batch, seqlen, groups of C, state), likewise; the two numbers of groups are independent.
+    B: (batch, seqlen, groups of B, state), of which channel d reads group d * groups // dim; or
+        (dim, state), the same for every token.
+    C: (batch, seqlen, groups of C, state) or (dim, state), likewise and independently of B.
     D: (dim,), the skip weight. None adds no skip.
     z: (batch, seqlen, dim), the gate. None leaves the output ungated.
     delta_bias: (dim,), added to delta before the softplus.
@@ -52,8 +53,8 @@ def selective_scan(
         set to zero wherever it changes; the initial state belongs to the first sequence.
     return_final_state: also return the state after the last token.
     route: the samples to work on. The rows of others are left unwritten in all results and in
-        gradients with a batch, and add nothing to the gradients of A, D and delta_bias. None is
-        all samples.
+        gradients with a batch, and add nothing to the gradients of those without. None is all
+        samples.
 
     Returns out, like u, or (out, final_state) with final_state (batch, dim, state). All floating
     inputs may differ in dtype, and have gradients, which flow from the final state too. Arithmetic
@@ -64,9 +65,10 @@ def selective_scan(
     check(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
     chosen = resolve_impl(impl, u.device)
     if chosen == "reference":
-        batched = (take(route, x) for x in (u, delta, B, C))
-        taken = (x if x is None else take(route, x) for x in (z, initial_state, seq_idx))
-        (x, step, b, c), (gate, first, index) = batched, taken
+        x, step = take(route, u), take(route, delta)
+        b, c = (w if w.ndim == 2 else take(route, w) for w in (B, C))
+        taken = (w if w is None else take(route, w) for w in (z, initial_state, seq_idx))
+        gate, first, index = taken
         rows = selective_scan_reference(
             x, step, A, b, c, D, gate, delta_bias, delta_softplus, first, index
         )
@@ -106,10 +108,13 @@ def check(
     states = A.shape[1]
     for name, tensor in (("B", B), ("C", C)):
         wanted = (batch, seqlen, tensor.shape[2] if tensor.ndim == 4 else 0, states)
+        if tensor.shape == A.shape:
+            continue
         if tensor.shape != wanted or wanted[2] == 0 or dim % wanted[2] != 0:
             raise ValueError(
                 f"{name} must be (batch, seqlen, groups, state) = ({batch}, {seqlen}, groups, "
-                f"{states}) with groups dividing dim = {dim}, got {tuple(tensor.shape)}"
+                f"{states}) with groups dividing dim = {dim}, or (dim, state), got "
+                f"{tuple(tensor.shape)}"
             )
     for name, optional, shape in (
         ("delta", delta, (batch, seqlen, dim)),

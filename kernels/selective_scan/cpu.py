@@ -7,7 +7,8 @@ inverted. Every sum over channels or samples has one order, whatever the number 
 
 Floor: arithmetic. For each channel, token and state the forward pass needs one exponential, 12
 vector instructions, and 4 more; the backward pass has those again, 9 more, and two sums over the
-lanes. What torch does around the sweep (softplus, gate, skip) is a few passes over u's size.
+lanes. What torch does around the sweep (softplus, gate, skip) is a few passes over u's size. Where
+every channel has a B or C of its own, it also has a block of its own, and one lane of it works.
 """
 
 import functools
@@ -27,7 +28,9 @@ from torch import Tensor
 from ..precision import wide
 from ..routing import place, rows_of
 from .lanes import LANES, load, multiply, multiply_add, splat, store, total
-from .ops import CHUNK
+from .ops import CHUNKS
+
+CHUNK = CHUNKS["cpu"]
 
 # Contraction into fused multiply-adds is the one liberty taken: NaN and infinities stay as they are
 COMPILE = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
@@ -129,7 +132,7 @@ def backward_sweep(
 
     dstate: the final state's gradient, replaced by the initial one's.
     dA: (batch, dim, state), to be summed over samples. dB, dC: (batch, seqlen, blocks, state), to
-    be summed over the blocks of a group.
+    be summed over the blocks of a group; added to, as all tokens may share one place.
     """
     seqlen, dim = u.shape[1:]
     states, dtype = A.shape[1], u.dtype
@@ -188,8 +191,8 @@ def backward_sweep(
                 ddrive_t, dstep_t = splat(zero), splat(zero)
                 for n in range(states):
                     dh_n = multiply_add(dout_t, splat(C[s, t, c_group, n]), load(dh, n))
-                    dC[s, t, block, n] = total(multiply(dout_t, load(h, (i + 1) * states + n)))
-                    dB[s, t, block, n] = total(multiply(dh_n, drive_t))
+                    dC[s, t, block, n] += total(multiply(dout_t, load(h, (i + 1) * states + n)))
+                    dB[s, t, block, n] += total(multiply(dh_n, drive_t))
                     ddrive_t = multiply_add(dh_n, splat(B[s, t, b_group, n]), ddrive_t)
                     dh_n = multiply(dh_n, load(decay, i * states + n))
                     store(dh, n, dh_n)
@@ -264,7 +267,11 @@ def launch(sweep: Callable, tasks: int, run: int, *tensors: Tensor) -> None:
 
 def operands(u, delta, A, B, C, delta_bias, seq_idx, rows, delta_softplus):
     """What both sweeps read, for the active samples and in the dtype of the arithmetic."""
-    u, delta, A, B, C = (x.to(wide(u.dtype)) for x in (u[rows], delta[rows], A, B[rows], C[rows]))
+    u, delta, A = (x.to(wide(u.dtype)) for x in (u[rows], delta[rows], A))
+    B, C = (
+        x.to(u.dtype).expand(*u.shape[:2], -1, -1) if x.ndim == 2 else x[rows].to(u.dtype)
+        for x in (B, C)
+    )
     if delta_bias is not None:
         delta = delta + delta_bias.to(delta.dtype)
     if delta_softplus:
@@ -329,11 +336,18 @@ def backward(
         dstate = dfinal_state[rows].to(x.dtype, copy=True)
     y, du, ddelta = (x.new_empty(x.shape) for _ in range(3))
     dA = x.new_empty(batch, *A.shape)
-    dB, dC = (x.new_empty(batch, seqlen, blocks, A.shape[1]) for _ in range(2))
+    dB, dC = (x.new_zeros(batch, 1 if w.ndim == 2 else seqlen, blocks, A.shape[1]) for w in (B, C))
     launch(
         backward_sweep, batch * blocks, run,
-        dy, x, step, rate, b, c, resets, kept[rows], dstate, y, du, ddelta, dA, dB, dC,
+        dy, x, step, rate, b, c, resets, kept[rows], dstate, y, du, ddelta, dA,
+        *(w.expand(-1, seqlen, -1, -1) for w in (dB, dC)),
     )  # fmt: skip
+    dB, dC = (
+        dw.sum((0, 1)).to(w.dtype)
+        if w.ndim == 2
+        else place(rows, dw.unflatten(2, (w.shape[2], -1)).sum(3), len(u), w.dtype)
+        for dw, w in ((dB, B), (dC, C))
+    )
 
     dD = dz = ddelta_bias = dinitial_state = None
     if D is not None:
@@ -352,8 +366,8 @@ def backward(
         place(rows, du, len(u), u.dtype),
         place(rows, ddelta, len(u), delta.dtype),
         dA.sum(0).to(A.dtype),
-        place(rows, dB.unflatten(2, (B.shape[2], -1)).sum(3), len(u), B.dtype),
-        place(rows, dC.unflatten(2, (C.shape[2], -1)).sum(3), len(u), C.dtype),
+        dB,
+        dC,
         dD,
         dz,
         ddelta_bias,

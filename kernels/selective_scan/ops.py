@@ -8,8 +8,8 @@ from ..precision import wide
 from ..routing import snapshot
 
 # Tokens between the states that forward keeps for backward. The sweeps in cpu.py are compiled with
-# it, and numba's cache follows that file alone: touch it after a change here.
-CHUNK = 16
+# theirs, and numba's cache follows that file alone: touch it after a change here.
+CHUNKS = {"cpu": 16, "triton": 32}
 
 
 @torch.library.custom_op("tossup::selective_scan", mutates_args=())
@@ -29,16 +29,16 @@ def selective_scan_op(
     delta_softplus: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the final state, and the state before every CHUNK-th token."""
+    """The output, the final state, and the state before every chunk."""
     return load_backend(__package__, impl).forward(
         u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples, delta_softplus
     )
 
 
 @selective_scan_op.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples, *options):
+def _(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples, softplus, impl):
     batch, seqlen, dim = u.shape
-    states, chunks = A.shape[1], (seqlen + CHUNK - 1) // CHUNK
+    states, chunks = A.shape[1], (seqlen + CHUNKS[impl] - 1) // CHUNKS[impl]
     return (
         u.new_empty(u.shape),
         u.new_empty((batch, dim, states), dtype=wide(u.dtype)),

@@ -28,8 +28,12 @@ def selective_scan_reference(
     delta = delta.to(real) if delta_bias is None else delta.to(real) + delta_bias.to(real)
     if delta_softplus:
         delta = F.softplus(delta)
-    B = B.to(real).repeat_interleave(dim // B.shape[2], 2)  # (batch, seqlen, dim, state)
-    C = C.to(real).repeat_interleave(dim // C.shape[2], 2)
+    B, C = (  # (batch, seqlen, dim, state)
+        w.to(real).expand(batch, seqlen, -1, -1)
+        if w.ndim == 2
+        else w.to(real).repeat_interleave(dim // w.shape[2], 2)
+        for w in (B, C)
+    )
 
     state = x.new_zeros(batch, *A.shape) if initial_state is None else initial_state.to(real)
     outs = []

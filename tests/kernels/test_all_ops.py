@@ -3,6 +3,8 @@
 Each op is written here as a function of one tensor, which it uses for several of its inputs.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +17,10 @@ from tossup.kernels.rotary import rotary, rotary_angles
 from tossup.kernels.selective_scan import selective_scan
 
 DIM = 8
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton runs on the GPU, where there is one; it takes no float64.
+BACKENDS = {"cpu": ("cpu", torch.float64), "triton": (DEVICE, torch.float32)}
+every_backend = pytest.mark.parametrize("impl", BACKENDS)
 
 
 def attend(x: Tensor, **options) -> tuple[Tensor, ...]:
@@ -26,25 +32,26 @@ def attend(x: Tensor, **options) -> tuple[Tensor, ...]:
 
 def scan(x: Tensor, **options) -> tuple[Tensor, ...]:
     states = x.unflatten(-1, (2, 4))
-    rates = -torch.arange(1.0, 33).view(DIM, 4) / 16
+    rates = -torch.arange(1.0, 33, device=x.device).view(DIM, 4) / 16
+    ones = torch.ones(DIM, device=x.device)
     first = x[:, :1].repeat(1, 4, 1).transpose(1, 2)
     return selective_scan(
-        x, x, rates, states, states, torch.ones(DIM), x, torch.ones(DIM),
+        x, x, rates, states, states, ones, x, ones,
         delta_softplus=True, initial_state=first, return_final_state=True, **options,
     )  # fmt: skip
 
 
 def convolve(x: Tensor, **options) -> tuple[Tensor, ...]:
-    weight = torch.arange(4.0 * DIM).view(4, DIM).T.cos()
+    weight = torch.arange(4.0 * DIM, device=x.device).view(4, DIM).T.cos()
     before = x[:, :1].expand(-1, 3, -1)
     return causal_conv1d(
-        x, weight, torch.ones(DIM), activation="silu",
+        x, weight, torch.ones(DIM, device=x.device), activation="silu",
         initial_state=before, return_final_state=True, **options,
     )  # fmt: skip
 
 
 def turn(x: Tensor, **options) -> tuple[Tensor, ...]:
-    angles = rotary_angles(torch.arange(x.shape[1]), 4)
+    angles = rotary_angles(torch.arange(x.shape[1], device=x.device), 4)
     return (rotary(x.unflatten(-1, (2, 4)), *angles, **options),)
 
 
@@ -59,8 +66,9 @@ every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 every_result = pytest.mark.parametrize("op, result", [(OPS[o], n) for o, n in RESULTS])
 
 
-def random(*shape: int, dtype=torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+def random(*shape: int, dtype=torch.float64, device="cpu") -> Tensor:
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return numbers.to(device, dtype)
 
 
 def results_and_gradient(op, x: Tensor, **options) -> list[Tensor]:
@@ -71,85 +79,115 @@ def results_and_gradient(op, x: Tensor, **options) -> list[Tensor]:
 
 
 VIEWS = {
-    "no sample": random(0, 5, DIM),
-    "one token": random(1, 1, DIM),
-    "channels before time": random(3, DIM, 5).transpose(1, 2),
-    "every other channel": random(2, 5, 2 * DIM)[..., ::2],
-    "the same token again": random(2, 1, DIM).expand(-1, 20, -1),
-    "the same sample again": random(1, 5, DIM).expand(3, -1, -1),
-    "the same number again": random(1, 1, 1).expand(2, 5, DIM),
+    "no sample": lambda random: random(0, 5, DIM),
+    "one token": lambda random: random(1, 1, DIM),
+    "channels before time": lambda random: random(3, DIM, 5).transpose(1, 2),
+    "every other channel": lambda random: random(2, 5, 2 * DIM)[..., ::2],
+    "the same token again": lambda random: random(2, 1, DIM).expand(-1, 20, -1),
+    "the same sample again": lambda random: random(1, 5, DIM).expand(3, -1, -1),
+    "the same number again": lambda random: random(1, 1, 1).expand(2, 5, DIM),
 }
 
 
 @every_op
-@pytest.mark.parametrize("x", VIEWS.values(), ids=VIEWS)
-def test_views_of_any_kind(op, x):
-    ours, expected = (results_and_gradient(op, x, impl=impl) for impl in ("cpu", "reference"))
+@every_backend
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_views_of_any_kind(op, impl, view):
+    device, dtype = BACKENDS[impl]
+    x = view(partial(random, device=device, dtype=dtype))
+    ours, expected = (results_and_gradient(op, x, impl=i) for i in (impl, "reference"))
+    tolerance = 1e-7 if dtype == torch.float64 else 2e-4
+    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
+@every_op
+@every_backend
+@pytest.mark.parametrize(
+    "shape, strides",
+    [((3, 2, DIM), (2**30 + 8, DIM, 1)), ((1, 5, DIM), (DIM, 2**29 + 8, 1))],
+    ids=["samples far apart", "tokens far apart"],
+)
+def test_offsets_that_only_64_bits_hold_of_strides_that_32_do(op, impl, shape, strides):
+    device, _ = BACKENDS[impl]
+    near = random(*shape, dtype=torch.bfloat16, device=device)
+    far = torch.empty_strided(shape, strides, dtype=near.dtype, device=device)  # hardly touched
+    ours, expected = (results_and_gradient(op, x, impl=impl) for x in (far.copy_(near), near))
     torch.testing.assert_close(ours, expected)
 
 
 @every_op
-def test_results_lie_in_memory_as_traced(op):
+@every_backend
+def test_results_lie_in_memory_as_traced(op, impl):
     """A compiled graph goes by the strides that the fake promised."""
-    x = random(3, DIM, 5, dtype=torch.float32).transpose(1, 2).requires_grad_()
-    real = torch.compile(op, fullgraph=True, backend="aot_eager")(x, impl="cpu")
+    device, _ = BACKENDS[impl]
+    x = random(3, DIM, 5, dtype=torch.float32, device=device).transpose(1, 2).requires_grad_()
+    real = torch.compile(op, fullgraph=True, backend="aot_eager")(x, impl=impl)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        traced = op(mode.from_tensor(x), impl="cpu")
-    for result, promised in zip(op(x, impl="cpu"), traced, strict=True):
+        traced = op(mode.from_tensor(x), impl=impl)
+    for result, promised in zip(op(x, impl=impl), traced, strict=True):
         assert result.stride() == promised.stride() and result.dtype == promised.dtype
-    torch.testing.assert_close(real, op(x, impl="cpu"))
+    torch.testing.assert_close(real, op(x, impl=impl))
 
 
 @every_result
+@every_backend
 @pytest.mark.parametrize("chosen", [None, (), (2,), (2, 0)])
-def test_gradients_of_one_result_alone(op, result, chosen):
-    route = None if chosen is None else route_of(*chosen, batch=3)
+def test_gradients_of_one_result_alone(op, result, impl, chosen):
+    device, dtype = BACKENDS[impl]
+    route = None if chosen is None else route_of(*chosen, batch=3, device=device)
     mine = list(range(3) if chosen is None else chosen)
     gradients = []
-    for impl in ("cpu", "reference"):
-        x = random(3, 5, DIM).requires_grad_()
-        out = op(x, impl=impl, route=route)[result]
+    for each in (impl, "reference"):
+        x = random(3, 5, DIM, dtype=dtype, device=device).requires_grad_()
+        out = op(x, impl=each, route=route)[result]
         (gradient,) = torch.autograd.grad(out[mine].square().sum(), x)
         gradients.append(gradient[mine])
     torch.testing.assert_close(*gradients)
 
 
+@every_backend
 @pytest.mark.parametrize("result", [0, 1])
-@pytest.mark.parametrize("route", [None, route_of(batch=2)], ids=["all", "nobody"])
-def test_weights_of_nobody_get_zeros(result, route):
-    x = random(2, 5, DIM, dtype=torch.float32)
+@pytest.mark.parametrize("nobody", [False, True])
+def test_weights_of_nobody_get_zeros(result, nobody, impl):
+    device, _ = BACKENDS[impl]
+    route = route_of(batch=2, device=device) if nobody else None
+    x = random(2, 5, DIM, dtype=torch.float32, device=device)
     states = x.unflatten(-1, (2, 4))
-    rates = -torch.ones(DIM, 4, requires_grad=True)
+    rates = -torch.ones(DIM, 4, device=device).requires_grad_()
     results = selective_scan(
-        x, x.abs(), rates, states, states, return_final_state=True, route=route, impl="cpu"
+        x, x.abs(), rates, states, states, return_final_state=True, route=route, impl=impl
     )
     (gradient,) = torch.autograd.grad(results[result].sum(), rates)
-    assert (gradient == 0).all() == (route is not None)
+    assert (gradient == 0).all() == nobody
 
 
 @every_op
-def test_half_precision_beside_float32_under_autocast(op):
+@every_backend
+def test_half_precision_beside_float32_under_autocast(op, impl):
     """Linear layers hand out bfloat16 there, while parameters stay in float32."""
-    linear = torch.nn.Linear(DIM, DIM)
-    tokens = random(2, 5, DIM, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    device, _ = BACKENDS[impl]
+    linear = torch.nn.Linear(DIM, DIM, device=device)
+    tokens = random(2, 5, DIM, dtype=torch.float32, device=device)
+    with torch.autocast(device, torch.bfloat16):
         x = linear(tokens)
-        results = op(x, impl="cpu")
+        results = op(x, impl=impl)
         sum(result.float().sum() for result in results).backward()
-    expected = op(x, impl="cpu")
+    expected = op(x, impl=impl)
     assert x.dtype == results[0].dtype == torch.bfloat16
     assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
     assert linear.weight.grad.dtype == torch.float32 and linear.weight.grad.isfinite().all()
 
 
-def test_parameters_keep_their_dtype_in_gradients():
-    x = random(2, 5, DIM, dtype=torch.bfloat16).requires_grad_()
+@every_backend
+def test_parameters_keep_their_dtype_in_gradients(impl):
+    device, _ = BACKENDS[impl]
+    x = random(2, 5, DIM, dtype=torch.bfloat16, device=device).requires_grad_()
     states = x.unflatten(-1, (2, 4))
     weights = [torch.ones(DIM, 4), torch.ones(DIM), -torch.ones(DIM, 4), *torch.ones(2, DIM)]
-    taps, bias, rates, skip, step_bias = (weight.requires_grad_() for weight in weights)
-    convolved = causal_conv1d(x, taps, bias, activation="silu", impl="cpu")
+    taps, bias, rates, skip, step_bias = (w.to(device).requires_grad_() for w in weights)
+    convolved = causal_conv1d(x, taps, bias, activation="silu", impl=impl)
     out = selective_scan(
-        convolved, x, rates, states, states, skip, x, step_bias, delta_softplus=True, impl="cpu"
+        convolved, x, rates, states, states, skip, x, step_bias, delta_softplus=True, impl=impl
     )
     inputs = [x, taps, bias, rates, skip, step_bias]
     assert out.dtype == torch.bfloat16
@@ -158,17 +196,28 @@ def test_parameters_keep_their_dtype_in_gradients():
 
 
 @every_op
-def test_compiles_for_any_length_with_the_implementation_left_open(op):
+@every_backend
+def test_compiles_for_any_length_with_the_implementation_left_open(op, impl, monkeypatch):
+    device, _ = BACKENDS[impl]
+    monkeypatch.setenv("TOSSUP_IMPL", impl)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=True)
     for seqlen in (3, 17, 40):
-        x = random(2, seqlen, DIM, dtype=torch.float32)
+        x = random(2, seqlen, DIM, dtype=torch.float32, device=device)
         torch.testing.assert_close(compiled(x), op(x))
 
 
 @every_op
-def test_an_explicit_implementation_never_falls_back(op):
-    with pytest.raises(NotImplementedError, match="has no triton backend"):
-        op(random(1, 2, DIM), impl="triton")
+def test_triton_refuses_float64_in_a_sentence(op):
+    with pytest.raises(ValueError, match="float64 runs with impl='cpu' or 'reference'"):
+        op(random(1, 2, DIM, device=DEVICE), impl="triton")
+
+
+def test_an_op_without_a_backend_says_so_and_never_falls_back(tmp_path, monkeypatch):
+    (tmp_path / "halfway").mkdir()
+    (tmp_path / "halfway/__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(NotImplementedError, match="halfway has no triton backend"):
+        load_backend("halfway", "triton")
 
 
 def test_implementations_are_chosen_by_argument_then_variable_then_device(monkeypatch):

@@ -8,7 +8,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from tests.support import budget, route_of
 from tossup.kernels.rotary import rotary, rotary_angles
 
-IMPLS = ["cpu", "reference"]
+# Triton takes no float64.
+EXACT = {"reference": torch.float64, "cpu": torch.float64, "triton": torch.float32}
+every_impl = pytest.mark.parametrize("impl", EXACT)
+every_backend = pytest.mark.parametrize("impl", ["cpu", "triton"])
 
 
 def inputs_of(batch, seqlen, heads, head_dim, rotary_dim, dtype=torch.float32, per_sample=False):
@@ -33,14 +36,15 @@ def complex_rotation(x, cos, sin, interleaved):
     return torch.cat((out, rest), -1)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@every_impl
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", ["exact", torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "sizes", [(1, 1, 1, 2, 2), (2, 7, 3, 17, 10), (3, 130, 2, 40, 40), (2, 5, 2, 64, 16)]
 )
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_agrees_with_complex_multiplication(impl, interleaved, dtype, sizes, per_sample):
+    dtype = EXACT[impl] if dtype == "exact" else dtype
     x, cos, sin, dout = inputs_of(*sizes, dtype, per_sample)
     out = rotary(x, cos, sin, interleaved=interleaved, impl=impl)
     (dx,) = torch.autograd.grad(out, x, dout)
@@ -51,7 +55,7 @@ def test_agrees_with_complex_multiplication(impl, interleaved, dtype, sizes, per
     assert (dx.double() - exact_dx).abs().max() <= budget(exact_dx, exact_dx.to(dtype))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@every_impl
 def test_agrees_with_transformers(impl):
     config = LlamaConfig(hidden_size=64, num_attention_heads=2, rope_parameters=None)
     torch.manual_seed(0)
@@ -64,6 +68,7 @@ def test_agrees_with_transformers(impl):
     torch.testing.assert_close(rotary(x, ours_cos, ours_sin, impl=impl), theirs)
 
 
+@every_backend
 @settings(
     max_examples=40,
     deadline=None,
@@ -78,13 +83,13 @@ def test_agrees_with_transformers(impl):
     interleaved=st.booleans(),
     per_sample=st.booleans(),
 )
-def test_agrees_with_the_reference(batch, seqlen, half, rest, interleaved, per_sample):
+def test_agrees_with_the_reference(impl, batch, seqlen, half, rest, interleaved, per_sample):
     x, cos, sin, dout = inputs_of(
-        batch, seqlen, 2, 2 * half + rest, 2 * half, torch.float64, per_sample
+        batch, seqlen, 2, 2 * half + rest, 2 * half, EXACT[impl], per_sample
     )
     results = []
-    for impl in IMPLS:
-        out = rotary(x, cos, sin, interleaved=interleaved, impl=impl)
+    for each in (impl, "reference"):
+        out = rotary(x, cos, sin, interleaved=interleaved, impl=each)
         results.append((out, *torch.autograd.grad(out, x, dout)))
     torch.testing.assert_close(*results)
 
@@ -100,11 +105,12 @@ def test_scores_depend_on_the_distance_alone():
     assert (near - (rotary(q, *at[0]) * rotary(k, *at[2])).sum()).abs() > 1e-2
 
 
-def test_takes_any_strides():
+@every_backend
+def test_takes_any_strides(impl):
     x, cos, sin, _ = inputs_of(2, 5, 3, 8, 6)
     strided = x.detach().permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0).requires_grad_()
-    out = rotary(strided, cos, sin, impl="cpu")
-    expected = rotary(x, cos, sin, impl="cpu")
+    out = rotary(strided, cos, sin, impl=impl)
+    expected = rotary(x, cos, sin, impl=impl)
     torch.testing.assert_close(out, expected)
     for got, plain in zip(
         torch.autograd.grad(out.sum(), strided), torch.autograd.grad(expected.sum(), x), strict=True
@@ -112,7 +118,7 @@ def test_takes_any_strides():
         torch.testing.assert_close(got, plain)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@every_impl
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("chosen", [(), (2,), (0, 3), (0, 1, 2, 3)])
 def test_route_touches_only_its_samples(impl, per_sample, chosen):
@@ -126,14 +132,15 @@ def test_route_touches_only_its_samples(impl, per_sample, chosen):
     routed = out, *torch.autograd.grad(out, x, dout)
     for got, expected in zip(routed, alone, strict=True):
         torch.testing.assert_close(got[list(chosen)], expected[list(chosen)])
-    for unwritten in routed if impl == "cpu" else routed[:1]:
+    for unwritten in routed if impl != "reference" else routed[:1]:
         assert unwritten[others].isnan().all()
 
 
-def test_backward_follows_the_route_of_forward():
+@every_backend
+def test_backward_follows_the_route_of_forward(impl):
     x, cos, sin, dout = inputs_of(3, 5, 2, 8, 8)
     route = route_of(1, batch=3)
-    out = rotary(x, cos, sin, route=route, impl="cpu")
+    out = rotary(x, cos, sin, route=route, impl=impl)
     (expected,) = torch.autograd.grad(out, x, dout, retain_graph=True)
     route.count.zero_()
     route.samples.fill_(2)
@@ -141,23 +148,25 @@ def test_backward_follows_the_route_of_forward():
     assert not dx[1].isnan().any() and torch.equal(dx[1], expected[1])
 
 
+@every_backend
 @pytest.mark.parametrize("route", [None, route_of(1, batch=2)], ids=["all", "routed"])
-def test_registration(route):
+def test_registration(impl, route):
     x, cos, sin, _ = inputs_of(2, 5, 2, 9, 6)
     tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
     if route is None:  # with a route, what nobody wrote differs from call to call
         tests.append("test_aot_dispatch_dynamic")
-    arguments = (x, cos, sin, False, route and route.count, route and route.samples, "cpu")
+    arguments = (x, cos, sin, False, route and route.count, route and route.samples, impl)
     torch.library.opcheck(torch.ops.tossup.rotary, arguments, test_utils=tests)
 
 
+@every_backend
 @pytest.mark.parametrize("route", [None, route_of(1, batch=2)], ids=["all", "routed"])
-def test_compiles_whole(route):
+def test_compiles_whole(impl, route):
     x, _, _, dout = inputs_of(2, 5, 2, 8, 6)
     positions = torch.arange(5)
 
     def turn(x):
-        return rotary(x, *rotary_angles(positions, 6), route=route, impl="cpu")
+        return rotary(x, *rotary_angles(positions, 6), route=route, impl=impl)
 
     got = torch.compile(turn, fullgraph=True, backend="aot_eager")(x)
     expected = turn(x)

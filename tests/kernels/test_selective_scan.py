@@ -5,14 +5,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.oracles import selective_scan_ref
 from tests.support import budget, route_of
-from tossup.kernels.selective_scan import selective_scan
+from tossup.kernels.selective_scan import kernel, selective_scan
 
+# Triton takes no float64.
+EXACT = {"reference": torch.float64, "cpu": torch.float64, "triton": torch.float32}
+every_impl = pytest.mark.parametrize("impl", EXACT)
+every_backend = pytest.mark.parametrize("impl", ["cpu", "triton"])
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 BATCHED = ("u", "delta", "B", "C", "z", "initial_state")
 STATES = ("A", "D", "delta_bias", "initial_state")  # kept in float32 beside half-precision inputs
@@ -21,7 +25,10 @@ STATES = ("A", "D", "delta_bias", "initial_state")  # kept in float32 beside hal
 def make(
     batch=2, seqlen=37, dim=24, states=5, groups=(1, 1), dtype=torch.float32, without=(), seed=0
 ) -> dict[str, Tensor]:
-    """Random inputs, all of those that take a gradient but `without`. u, delta and z are views."""
+    """Random inputs, all of those that take a gradient but `without`. u, delta and z are views.
+
+    groups: those of B and of C, 0 for a constant one.
+    """
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -31,8 +38,8 @@ def make(
         "u": normal(batch, seqlen, 2 * dim)[..., :dim],
         "delta": normal(batch, seqlen, dim + 3)[..., 3:],
         "A": -normal(dim, states).exp(),
-        "B": normal(batch, seqlen, groups[0], states),
-        "C": normal(batch, seqlen, groups[1], states),
+        "B": normal(batch, seqlen, groups[0], states) if groups[0] else normal(dim, states),
+        "C": normal(batch, seqlen, groups[1], states) if groups[1] else normal(dim, states),
         "D": normal(dim),
         "z": normal(seqlen, batch, dim).transpose(0, 1),
         "delta_bias": normal(dim),
@@ -75,22 +82,70 @@ def assert_within_budget(ours, exact, plain):
         assert error <= allowed, name
 
 
+@pytest.fixture
+def split(monkeypatch):
+    """Segments of one chunk, as if the GPU were never full."""
+    monkeypatch.setattr(kernel, "segment_of", lambda seqlen, warps: kernel.CHUNK)
+
+
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     "batch, seqlen, dim, states, groups",
     [
         (1, 1, 1, 1, (1, 1)),
         (2, 16, 16, 16, (1, 1)),
-        (3, 33, 50, 3, (1, 2)),  # blocks of 16 and 9 channels
+        (2, 33, 50, 3, (1, 2)),  # blocks of 16 and 9 channels
         (1, 50, 12, 4, (3, 2)),  # groups of 4 and of 6 channels: runs of 2
         (2, 7, 6, 2, (6, 1)),  # a group for every channel
+        (1, 40, 70, 4, (0, 1)),
+        (2, 9, 12, 5, (4, 0)),
+        (1, 35, 40, 3, (0, 0)),
+        (2, 5, 4, 256, (1, 2)),
     ],
 )
-def test_agrees_with_float64(dtype, batch, seqlen, dim, states, groups):
+def test_agrees_with_float64(impl, dtype, batch, seqlen, dim, states, groups):
     tensors = make(batch, seqlen, dim, states, groups, dtype)
     exact = run(doubled(tensors), "reference", delta_softplus=True)
     plain = run(tensors, "reference", delta_softplus=True)
-    assert_within_budget(run(tensors, delta_softplus=True), exact, plain)
+    assert_within_budget(run(tensors, impl, delta_softplus=True), exact, plain)
+
+
+@pytest.mark.parametrize(
+    "seqlen, groups, packed, chosen",
+    [
+        (33, (1, 1), False, None),
+        (70, (3, 2), True, None),
+        (65, (0, 1), True, (1,)),
+        (64, (1, 0), False, (1, 0)),
+        (33, (0, 0), False, ()),
+    ],
+)
+def test_the_length_split_over_programs_changes_nothing(seqlen, groups, packed, chosen, split):
+    tensors = make(2, seqlen, 36, 3, groups)
+    options = {"delta_softplus": True}
+    if packed:  # sequences that end at, before and behind the ends of segments
+        options["seq_idx"] = (torch.arange(seqlen) // torch.tensor([[32], [45]])).int()
+    if chosen is not None:
+        options["route"] = route_of(*chosen, batch=2)
+    whole = run(tensors, "reference", **options)
+    ours = run(tensors, "triton", **options)
+    mine = slice(None) if chosen is None else list(chosen)
+    for name, expected in whole.items():
+        got, of_samples = ours[name], name[1:] in BATCHED and expected.shape != (36, 3)
+        if of_samples or name in ("out", "final_state"):
+            got, expected = got[mine], expected[mine]
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_segments_are_whole_chunks_that_cover_the_length_and_are_worth_it():
+    for seqlen in (1, 31, 32, 33, 4096, 32768 + 1):
+        chunks = -(-seqlen // kernel.CHUNK) * kernel.CHUNK
+        assert kernel.segment_of(seqlen, warps=10**6) == chunks
+        segment = kernel.segment_of(seqlen, warps=1)
+        assert segment % kernel.CHUNK == 0 and segment == min(kernel.SHORTEST, chunks)
+    # Half of the 8 warps that each multiprocessor of sm_90 wants: two segments
+    assert kernel.segment_of(4096, warps=132 * 4) == 2048
 
 
 def test_float64_stays_float64():
@@ -100,20 +155,26 @@ def test_float64_stays_float64():
         torch.testing.assert_close(ours[name], exact[name], rtol=1e-11, atol=1e-12)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@every_backend
+@settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     without=st.sets(st.sampled_from(["D", "z", "delta_bias", "initial_state"])),
     softplus=st.booleans(),
     packed=st.booleans(),
     batch=st.integers(1, 3),
     seqlen=st.integers(1, 40),
-    groups=st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 6])),
+    groups=st.tuples(st.sampled_from([0, 1, 2, 3]), st.sampled_from([0, 1, 2, 6])),
     heads=st.integers(1, 5),
     states=st.integers(1, 9),
     seed=st.integers(0, 1000),
 )
-def test_any_options(without, softplus, packed, batch, seqlen, groups, heads, states, seed):
-    tensors = make(batch, seqlen, 6 * heads, states, groups, torch.float64, without, seed)
+def test_any_options(impl, without, softplus, packed, batch, seqlen, groups, heads, states, seed):
+    tensors = make(batch, seqlen, 6 * heads, states, groups, EXACT[impl], without, seed)
     if not softplus:
         tensors["delta"] = tensors["delta"].abs()
         tensors |= {"delta_bias": tensors["delta_bias"].abs()} if "delta_bias" in tensors else {}
@@ -121,20 +182,24 @@ def test_any_options(without, softplus, packed, batch, seqlen, groups, heads, st
     if packed:
         starts = torch.rand(batch, seqlen, generator=torch.Generator().manual_seed(seed)) < 0.2
         options["seq_idx"] = starts.cumsum(1).int() % 3  # a number may come back
-    ours, exact = (run(tensors, impl, **options) for impl in ("cpu", "reference"))
+    ours, exact = run(tensors, impl, **options), run(doubled(tensors), "reference", **options)
+    if impl == "triton":
+        assert_within_budget(ours, exact, run(tensors, "reference", **options))
+        return
     for name in exact:
         torch.testing.assert_close(ours[name], exact[name], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
-@pytest.mark.parametrize("groups", [1, 2])
+@every_impl
+@pytest.mark.parametrize("groups", [0, 1, 2])
 def test_agrees_with_mamba_ssm(impl, groups):
     tensors = make(2, 45, 8, 8, (groups, groups), without=("initial_state",))
     ours = run(tensors, impl, delta_softplus=True)
 
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     theirs = {name: leaves[name].transpose(1, 2) for name in ("u", "delta", "z")}
-    theirs |= {name: leaves[name].permute(0, 2, 3, 1) for name in ("B", "C")}
+    if groups:
+        theirs |= {name: leaves[name].permute(0, 2, 3, 1) for name in ("B", "C")}
     out, state = selective_scan_ref(
         **(leaves | theirs), delta_softplus=True, return_last_state=True
     )
@@ -149,7 +214,7 @@ def test_agrees_with_mamba_ssm(impl, groups):
         torch.testing.assert_close(ours[f"d{name}"], gradient, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@every_impl
 def test_two_tokens_by_hand(impl):
     u, delta = torch.tensor([[[3.0], [5.0]]]), torch.tensor([[[0.5], [2.0]]])
     A = torch.tensor([[-1.0]])
@@ -183,17 +248,18 @@ def test_gradients_by_finite_differences(options):
     assert torch.autograd.gradcheck(scan, leaves, fast_mode=True)
 
 
+@every_backend
 @pytest.mark.parametrize("cut", [1, 16, 20])
-def test_pieces_with_state_make_the_whole(cut):
+def test_pieces_with_state_make_the_whole(impl, cut):
     tensors = make(2, 37)
-    whole = run(tensors, delta_softplus=True)
+    whole = run(tensors, impl, delta_softplus=True)
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
 
     def piece(tokens, state):
         parts = {n: leaves[n][:, tokens] for n in ("u", "delta", "B", "C", "z")}
         return selective_scan(
             **(leaves | parts | {"initial_state": state}),
-            delta_softplus=True, return_final_state=True, impl="cpu",
+            delta_softplus=True, return_final_state=True, impl=impl,
         )  # fmt: skip
 
     head, state = piece(slice(None, cut), leaves["initial_state"])
@@ -208,7 +274,7 @@ def test_pieces_with_state_make_the_whole(cut):
         torch.testing.assert_close(gradient, whole[f"d{name}"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@every_impl
 def test_packed_sequences_are_separate_runs(impl):
     lengths = [5, 1, 16, 11]
     tensors = make(1, sum(lengths))
@@ -229,18 +295,19 @@ def test_packed_sequences_are_separate_runs(impl):
     torch.testing.assert_close(packed["final_state"], final_state, rtol=1e-5, atol=1e-5)
 
 
-def test_no_gradient_crosses_a_reset():
+@every_backend
+def test_no_gradient_crosses_a_reset(impl):
     tensors = {name: tensor.requires_grad_() for name, tensor in make(1, 20).items()}
     seq_idx = (torch.arange(20) >= 9).int()[None]
     out, _ = selective_scan(
-        **tensors, delta_softplus=True, seq_idx=seq_idx, return_final_state=True, impl="cpu"
+        **tensors, delta_softplus=True, seq_idx=seq_idx, return_final_state=True, impl=impl
     )
     du, dstate = torch.autograd.grad(out[:, 9:].sum(), (tensors["u"], tensors["initial_state"]))
     assert (du[:, :9] == 0).all() and (du[:, 9:] != 0).any()
     assert (dstate == 0).all()
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@every_impl
 @pytest.mark.parametrize("chosen", [(), (2,), (3, 0), (0, 1, 2, 3)])
 def test_route_touches_only_its_samples(impl, chosen):
     tensors = make(4, 21)
@@ -258,7 +325,7 @@ def test_route_touches_only_its_samples(impl, chosen):
         gradient = routed[f"d{name}"]
         expected = every[f"d{name}"]
         torch.testing.assert_close(gradient[mine], expected[mine], rtol=1e-4, atol=1e-4)
-        if impl == "cpu":
+        if impl != "reference":
             assert gradient[others].isnan().all()
     for name in ("A", "D", "delta_bias"):  # what the route's samples alone add
         alone = sum(share(tensors, name, b, every, options) for b in mine)
@@ -271,23 +338,25 @@ def share(tensors, name, sample, every, options):
     return run(tensors, "reference", **(options | {"route": route_of(sample, batch=4)}))[f"d{name}"]
 
 
-def test_backward_follows_the_route_of_its_forward():
+@every_backend
+def test_backward_follows_the_route_of_its_forward(impl):
     tensors = {name: tensor.requires_grad_() for name, tensor in make(3, 9).items()}
     route = route_of(1, batch=3)
-    out = selective_scan(**tensors, route=route, impl="cpu")
+    out = selective_scan(**tensors, route=route, impl=impl)
     route.count.zero_()
     (du,) = torch.autograd.grad(out[1].sum(), tensors["u"])
     assert not du[1].isnan().any() and du[[0, 2]].isnan().all()
 
 
-def test_extreme_steps():
+@every_backend
+def test_extreme_steps(impl):
     """A state that decays to nothing, steps beyond the softplus's threshold, and vanishing ones."""
     tensors = make(1, 40, 8, 4)
     tensors["delta"] = torch.linspace(-120, 60, 40)[None, :, None].expand(1, 40, 8).contiguous()
     tensors["A"] = -torch.logspace(-3, 3, 32).view(8, 4)
     exact = run(doubled(tensors), "reference", delta_softplus=True)
     plain = run(tensors, "reference", delta_softplus=True)
-    ours = run(tensors, delta_softplus=True)
+    ours = run(tensors, impl, delta_softplus=True)
     assert all(tensor.isfinite().all() for tensor in ours.values())
     assert_within_budget(ours, exact, plain)
 
@@ -307,10 +376,11 @@ def test_exponential():
     )
 
 
-def test_not_a_number_spreads_from_its_channel_and_no_further():
+@every_backend
+def test_not_a_number_spreads_from_its_channel_and_no_further(impl):
     tensors = make(1, 30, 20)
     tensors["u"][0, 12, 3] = float("nan")
-    out = selective_scan(**tensors, delta_softplus=True, impl="cpu")
+    out = selective_scan(**tensors, delta_softplus=True, impl=impl)
     assert out[0, 12:, 3].isnan().all()
     out[0, 12:, 3] = 0
     assert out.isfinite().all()
@@ -359,8 +429,9 @@ def test_runs_where_nothing_can_be_cached(monkeypatch):
         assert torch.equal(selective_scan(**tensors, impl="cpu"), expected)
 
 
+@every_backend
 @pytest.mark.parametrize("routed", [False, True])
-def test_registration(routed, monkeypatch):
+def test_registration(impl, routed, monkeypatch):
     from tossup.kernels.selective_scan.ops import selective_scan_op
 
     monkeypatch.undo()  # opcheck compares what nobody wrote
@@ -369,17 +440,18 @@ def test_registration(routed, monkeypatch):
     seq_idx = (torch.arange(9) // 4).int().expand(2, -1).contiguous()
     route = route_of(0, 1, batch=2)
     count, samples = (route.count, route.samples) if routed else (None, None)
-    torch.library.opcheck(selective_scan_op, (*leaves, seq_idx, count, samples, True, "cpu"))
+    torch.library.opcheck(selective_scan_op, (*leaves, seq_idx, count, samples, True, impl))
 
 
+@every_backend
 @pytest.mark.parametrize("routed", [False, True])
-def test_compiles_as_one_graph(routed):
+def test_compiles_as_one_graph(impl, routed):
     tensors = make(2, 9, 6, 3)
     options = {"delta_softplus": True, "route": route_of(1, 0, batch=2) if routed else None}
     leaves = [tensors[name].requires_grad_() for name in NAMES]
 
     def scan(*leaves):
-        return selective_scan(**dict(zip(NAMES, leaves, strict=True)), impl="cpu", **options)
+        return selective_scan(**dict(zip(NAMES, leaves, strict=True)), impl=impl, **options)
 
     compiled = torch.compile(scan, fullgraph=True, backend="aot_eager")
     expected, out = scan(*leaves), compiled(*leaves)
@@ -407,7 +479,7 @@ def test_compiles_as_one_graph(routed):
         ),
         (
             {"B": torch.zeros(2, 9, 4, 3)},
-            r"B must be .* groups dividing dim = 6, got \(2, 9, 4, 3\)",
+            r"B must be .* groups dividing dim = 6, or \(dim, state\), got \(2, 9, 4, 3\)",
         ),
         ({"C": torch.zeros(2, 9, 3)}, r"C must be .* got \(2, 9, 3\)"),
         ({"delta": torch.zeros(2, 8, 6)}, r"delta must be of shape \(2, 9, 6\), got \(2, 8, 6\)"),

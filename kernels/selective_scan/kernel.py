@@ -1,0 +1,216 @@
+"""Triton kernels and launchers."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..precision import refuse_float64
+from ..target import arch
+from .backward_kernel import backward_kernel, group_kernel
+from .forward_kernel import forward_kernel
+from .ops import CHUNKS
+from .segment_kernel import carry_kernel, local_kernel
+
+CHUNK = CHUNKS["triton"]
+SHORTEST = 4 * CHUNK  # tokens of a segment that are worth two more launches
+# Multiprocessors of the largest GPU of an architecture that is sold
+PROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
+
+
+def configure(state: int, backward: bool) -> dict[str, int]:
+    """The channels of a tile, its warps, and the tokens whose loads go out together."""
+    states = triton.next_power_of_2(state)
+    return {
+        "STATES": states,
+        "BLOCK_DIM": 32,
+        "TOKENS": 2 if backward else 4,
+        "num_warps": min(max(states // 16, 1), 16),
+    }
+
+
+def segment_of(seqlen: int, warps: int) -> int:
+    """Tokens of a segment, a multiple of CHUNK: all of them where `warps` warps fill the GPU.
+
+    That takes 8 per multiprocessor, 2 for each of its schedulers. Fewer than half of them share the
+    length out, for twice the work.
+    """
+    segments = 8 * PROCESSORS.get(arch(), 132) // max(warps, 1)
+    chunks = triton.cdiv(seqlen, CHUNK)
+    segment = max(triton.cdiv(chunks, max(segments, 1)) * CHUNK, SHORTEST)
+    return min(segment, chunks * CHUNK)
+
+
+class Cut(NamedTuple):
+    """How channels and tokens are cut into programs: tiles × samples × segments.
+
+    run: consecutive channels that share both B and C. blocks: the shares of dB and dC that a token
+    has. segment: tokens. constants: those of all kernels.
+    """
+
+    run: int
+    blocks: int
+    tiles: int
+    segment: int
+    segments: int
+    constants: dict[str, Any]
+
+
+def cut(u: Tensor, A: Tensor, B: Tensor, C: Tensor, backward: bool) -> Cut:
+    batch, seqlen, dim = u.shape
+    options = configure(A.shape[1], backward)
+    width = options["BLOCK_DIM"]
+    run = math.gcd(*(dim // x.shape[2] if x.ndim == 4 else dim for x in (B, C)))
+    of_run = triton.next_power_of_2(run)
+    runs = 1 if of_run >= width or run == dim else width // of_run
+    blocks = dim // run * triton.cdiv(run, width)
+    tiles = triton.cdiv(blocks, runs)
+    segment = segment_of(seqlen, batch * tiles * options["num_warps"])
+    constants = {"STATE": A.shape[1], "RUNS": runs, **options}
+    return Cut(run, blocks, tiles, segment, triton.cdiv(seqlen, segment), constants)
+
+
+def plane(weights: Tensor) -> Tensor:
+    """(dim, state) as the kernels read it: (state, dim), float32, contiguous."""
+    return weights.t().contiguous().float()
+
+
+def strides(tensor: Tensor | None, ndim: int) -> tuple[int, ...]:
+    return (0,) * ndim if tensor is None else tensor.stride()
+
+
+def at_edges(
+    edge, x, delta, A, operand, z, delta_bias, seq_idx, count, samples, delta_softplus, cut, reverse
+):
+    """The state before each segment or, reversed, the gradient of that behind it; and its strides.
+
+    edge: what is there before the first segment or behind the last, (batch, dim, state).
+    A, operand: as the kernels read them.
+    """
+    batch, of_dim, of_state = strides(edge, 3)
+    edge_strides = batch, 0, of_state, of_dim
+    if cut.segments == 1:
+        return edge, edge_strides
+    batch, seqlen, dim = x.shape
+    states = x.new_empty((batch, cut.segments, len(A), dim), dtype=torch.float32)
+    steps = x.new_empty((batch, cut.segments, dim), dtype=torch.float32)
+    broken = x.new_empty((batch, cut.segments, cut.tiles), dtype=torch.int32)
+    local_kernel[(cut.tiles, batch, cut.segments - 1)](
+        x, delta, A, operand, z, delta_bias, seq_idx, count, samples, states, steps, broken,
+        seqlen, dim, cut.run, cut.segment, operand.shape[-2],
+        x.stride(), delta.stride(), operand.stride(), strides(z, 3), *strides(delta_bias, 1),
+        strides(seq_idx, 2),
+        SOFTPLUS=delta_softplus, REVERSE=reverse, CONSTANT=operand.ndim == 2,
+        **cut.constants,
+    )  # fmt: skip
+    shared = {name: value for name, value in cut.constants.items() if name != "TOKENS"}
+    carry_kernel[(cut.tiles, batch)](
+        edge, A, states, steps, broken, count, samples, dim, cut.run, cut.segments, edge_strides,
+        REVERSE=reverse, **shared,
+    )  # fmt: skip
+    return states, states.stride()
+
+
+def forward(
+    u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples, delta_softplus
+):
+    refuse_float64(
+        u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias,
+        initial_state=initial_state,
+    )  # fmt: skip
+    batch, seqlen, dim = u.shape
+    state = A.shape[1]
+    pieces = cut(u, A, B, C, backward=False)
+    A, B, C = (plane(x) if x.ndim == 2 else x for x in (A, B, C))
+    before, before_strides = at_edges(
+        initial_state, u, delta, A, B, None, delta_bias, seq_idx, count, samples, delta_softplus,
+        pieces, reverse=False,
+    )  # fmt: skip
+    out = u.new_empty(u.shape)
+    final_state = u.new_empty((batch, dim, state), dtype=torch.float32)
+    kept = u.new_empty((batch, triton.cdiv(seqlen, CHUNK), state, dim), dtype=torch.float32)
+    forward_kernel[(pieces.tiles, batch, pieces.segments)](
+        u, delta, A, B, C, D, z, delta_bias, before, seq_idx, count, samples,
+        out, final_state, kept,
+        seqlen, dim, pieces.run, pieces.segment, B.shape[-2], C.shape[-2],
+        u.stride(), delta.stride(), B.stride(), C.stride(), *strides(D, 1), strides(z, 3),
+        *strides(delta_bias, 1), before_strides, strides(seq_idx, 2),
+        SOFTPLUS=delta_softplus, CONSTANT_B=B.ndim == 2, CONSTANT_C=C.ndim == 2,
+        CHUNK=CHUNK, **pieces.constants,
+    )  # fmt: skip
+    return out, final_state, kept
+
+
+def backward(
+    dout, dfinal_state, kept,
+    u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples, delta_softplus,
+):  # fmt: skip
+    batch, seqlen, dim = u.shape
+    state = A.shape[1]
+    pieces = cut(u, A, B, C, backward=True)
+    a, b, c = (plane(x) if x.ndim == 2 else x for x in (A, B, C))
+    behind, behind_strides = at_edges(
+        dfinal_state, dout, delta, a, c, z, delta_bias, seq_idx, count, samples, delta_softplus,
+        pieces, reverse=True,
+    )  # fmt: skip
+    du, ddelta = u.new_empty(u.shape), delta.new_empty(delta.shape)
+    dz = None if z is None else z.new_empty(z.shape)
+    dinitial_state = None if initial_state is None else initial_state.new_empty((batch, dim, state))
+    rows = state * (1 + (B.ndim == 2) + (C.ndim == 2)) + 2
+    shares = u.new_empty((batch, pieces.segments, rows, dim), dtype=torch.float32)
+    dB, dC = (
+        None
+        if x.ndim == 2
+        else u.new_empty((batch, seqlen, pieces.blocks, state), dtype=torch.float32)
+        for x in (B, C)
+    )
+    constants = pieces.constants
+    programs = batch * pieces.segments * pieces.tiles
+    scratch = u.new_empty(
+        (programs, CHUNK // constants["TOKENS"], constants["STATES"], constants["BLOCK_DIM"]),
+        dtype=torch.float32,
+    )
+    backward_kernel[(pieces.tiles, batch, pieces.segments)](
+        dout, behind, kept, scratch, u, delta, a, b, c, D, z, delta_bias, seq_idx,
+        count, samples, du, ddelta, dB, dC, dz, dinitial_state, shares,
+        seqlen, dim, pieces.run, pieces.segment, pieces.blocks, b.shape[-2], c.shape[-2],
+        dout.stride(), behind_strides, u.stride(), delta.stride(), b.stride(), c.stride(),
+        *strides(D, 1), strides(z, 3), *strides(delta_bias, 1), strides(seq_idx, 2),
+        SOFTPLUS=delta_softplus, CONSTANT_B=B.ndim == 2, CONSTANT_C=C.ndim == 2,
+        CHUNK=CHUNK, ROWS=rows, **pieces.constants,
+    )  # fmt: skip
+    if count is not None:
+        written = torch.arange(batch, device=u.device) < count
+        shares = torch.where(written[:, None, None, None], shares, 0.0)
+    of_A, of_D, of_bias, of_B, of_C = shares.sum((0, 1)).split(
+        (state, 1, 1, state * (B.ndim == 2), state * (C.ndim == 2))
+    )
+    return (
+        du,
+        ddelta,
+        own(of_A.t(), A),
+        own(of_B.t(), B) if B.ndim == 2 else sum_groups(dB, B, count, samples),
+        own(of_C.t(), C) if C.ndim == 2 else sum_groups(dC, C, count, samples),
+        None if D is None else own(of_D[0], D),
+        dz,
+        None if delta_bias is None else own(of_bias[0], delta_bias),
+        dinitial_state,
+    )
+
+
+def own(part: Tensor, like: Tensor) -> Tensor:
+    """A part of the sums, contiguous, in memory of its own and in the dtype of `like`."""
+    return part.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def sum_groups(shares: Tensor, operand: Tensor, count, samples) -> Tensor:
+    batch, seqlen, groups, state = operand.shape
+    out = operand.new_empty(operand.shape)
+    tokens = 32
+    group_kernel[(triton.cdiv(seqlen, tokens), batch, groups)](
+        shares, out, count, samples, seqlen, groups, shares.shape[2] // groups,
+        STATE=state, STATES=triton.next_power_of_2(state), TOKENS=tokens,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,155 @@
+"""What the Triton kernels share: tiles of channels, steps, and loads that go out together."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + eˣ) = max(x, 0) + log1p(e⁻ˡˣˡ). In float32 it is the identity above 20 by itself.
+
+    The polynomial is log1p(e)/e on [0, 1], to 3e-8.
+    """
+    e = tl.exp2(-tl.abs(x) * LOG2_E)
+    p = e * 5.232690834e-03 - 2.950522862e-02
+    p = p * e + 7.822594792e-02
+    p = p * e - 1.366324574e-01
+    p = p * e + 1.910600811e-01
+    p = p * e - 2.484298199e-01
+    p = p * e + 3.331909776e-01
+    p = p * e - 4.999949336e-01
+    p = p * e + 9.999999404e-01
+    return p * e + tl.maximum(x, 0.0)
+
+
+@triton.jit
+def step_of(delta, bias, there, SOFTPLUS: tl.constexpr):
+    """The step size, and the number that the softplus got. Lanes that are not there make no step,
+    which leaves their states as they are."""
+    raw = delta.to(tl.float32)
+    if bias is not None:
+        raw += bias
+    step = raw
+    if SOFTPLUS:
+        step = softplus(raw)
+    return tl.where(there, step, 0.0), raw
+
+
+@triton.jit
+def channels_of(tile, dim, run, BLOCK_DIM: tl.constexpr, RUNS: tl.constexpr):
+    """A tile's channels, int64, and which of its lanes have one.
+
+    A run is `run` consecutive channels that share both B and C. A tile lies within one run, or
+    covers RUNS short ones, each on a power of two lanes.
+    """
+    lanes = tl.arange(0, BLOCK_DIM)
+    if RUNS == 1:
+        blocks = tl.cdiv(run, BLOCK_DIM)
+        first = (tile // blocks).to(tl.int64) * run
+        offset = tile % blocks * BLOCK_DIM + lanes
+    else:
+        first = (tile * RUNS + lanes // (BLOCK_DIM // RUNS)).to(tl.int64) * run
+        offset = lanes % (BLOCK_DIM // RUNS)
+        offset = tl.where(first < dim, offset, run)
+    return first + offset, offset < run
+
+
+@triton.jit
+def load_plane(ptr, dim, columns, held):
+    """[STATES, BLOCK_DIM] of a (state, dim) plane, with zeros where nothing is held."""
+    rows = tl.arange(0, held.shape[0])[:, None] * dim
+    return tl.load((ptr + columns)[None, :] + rows, mask=held, other=0.0)
+
+
+@triton.jit
+def store_plane(ptr, plane, dim, columns, held):
+    rows = tl.arange(0, held.shape[0])[:, None] * dim
+    tl.store((ptr + columns)[None, :] + rows, plane, mask=held)
+
+
+@triton.jit
+def at(inside, t, seqlen):
+    """`inside`, where there is a token t. The interpreter splats numbers, but no truth values."""
+    return inside & (tl.full(inside.shape, t, tl.int64) < seqlen)
+
+
+@triton.jit
+def operand_ptrs(
+    ptr, stride, groups, sample, channels, tile, dim, run, BLOCK_DIM: tl.constexpr,
+    RUNS: tl.constexpr,
+):  # fmt: skip
+    """Where B or C of a sample's first token begins: for all channels of the tile, or for each one.
+
+    stride: (batch, token, group, state).
+    """
+    if RUNS == 1:
+        group = (tile // tl.cdiv(run, BLOCK_DIM) * run // (dim // groups)).to(tl.int64)
+    else:
+        group = channels // (dim // groups)
+    return ptr + sample * stride[0] + group * stride[2]
+
+
+@triton.jit
+def load_operand(ptrs, t, stride, STATE: tl.constexpr, STATES: tl.constexpr, RUNS: tl.constexpr):
+    """B or C of token t as it lies in memory, with zeros behind the last state.
+
+    [STATES] if the tile shares it, otherwise [STATES, BLOCK_DIM]. The latter is put together from
+    pieces that one lane loads at once: of a wider one, Triton would give each lane a part.
+    """
+    ptrs += t * stride[1]
+    if RUNS == 1:
+        n = tl.arange(0, STATES)
+        if STATE == STATES:
+            operand = tl.load(ptrs + n * stride[3])
+        else:
+            operand = tl.load(ptrs + n * stride[3], mask=n < STATE, other=0.0)
+    else:
+        WIDTH: tl.constexpr = 128 // ptrs.dtype.element_ty.primitive_bitwidth
+        PIECE: tl.constexpr = min(WIDTH, STATES) if STATE % min(WIDTH, STATES) == 0 else 1
+        pieces = ()
+        for i in tl.static_range(STATES // PIECE):
+            # [PIECE, BLOCK_DIM]
+            n = i * PIECE + tl.arange(0, PIECE)[:, None]
+            if i * PIECE < STATE:
+                pieces += (tl.load(ptrs[None, :] + n * stride[3]),)
+            else:
+                pieces += (tl.zeros([PIECE, ptrs.shape[0]], ptrs.dtype.element_ty),)
+        for _ in tl.static_range(8):  # halvings of at most 256 states
+            if len(pieces) > 1:
+                pairs = ()
+                for i in tl.static_range(len(pieces) // 2):
+                    pairs += (stacked(pieces[2 * i], pieces[2 * i + 1]),)
+                pieces = pairs
+        operand = pieces[0]
+    return operand
+
+
+@triton.jit
+def stacked(upper, lower):
+    pair = tl.permute(tl.join(upper, lower), (2, 0, 1))
+    return tl.reshape(pair, [2 * upper.shape[0], upper.shape[1]])
+
+
+@triton.jit
+def beside_states(operand):
+    """A token's B or C as it was loaded, in a form that goes with [STATES, BLOCK_DIM]."""
+    operand = operand.to(tl.float32)
+    if len(operand.shape) == 1:
+        operand = operand[:, None]
+    return operand
+
+
+@triton.jit
+def continues(seq_idx_ptr, stride, sample, t, last):
+    """Whether token t belongs to the sequence of the token before it. The first one does."""
+    ptr = seq_idx_ptr + sample * stride[0]
+    before = tl.minimum(tl.maximum(t - 1, 0), last)
+    return tl.load(ptr + tl.minimum(t, last) * stride[1]) == tl.load(ptr + before * stride[1])

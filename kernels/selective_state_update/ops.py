@@ -1,0 +1,32 @@
+"""torch.library registration: schema, shapes for tracing. The state is the op's to overwrite."""
+
+import torch
+from torch import Tensor
+
+from ..backend import load_backend
+
+
+@torch.library.custom_op("tossup::selective_state_update", mutates_args=("state",))
+def selective_state_update_op(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    count: Tensor | None,
+    samples: Tensor | None,
+    impl: str,
+) -> Tensor:
+    return load_backend(__package__, impl).update(
+        state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, count, samples
+    )
+
+
+@selective_state_update_op.register_fake
+def _(state, x, *others):
+    return x.new_empty(x.shape)
