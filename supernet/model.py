@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ..kernels.routing import MixerTable, Strategy, draw
 from .config import ModelConfig, StochasticMixerConfig, check_placement
 from .data import IGNORED
+from .generation import Sampler, generate, greedy
 from .metrics import Mean
-from .mixers import build_mixer
+from .mixers import Cache, build_mixer
 from .stochastic import Dispatch, StochasticMixer
 
 
@@ -74,25 +75,118 @@ class SupernetModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         losses: dict[str, Mean] | None = None,
         metrics: dict[str, Mean] | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Logits (batch, seqlen, vocab_size) of tokens (batch, seqlen).
 
         table: follow this mixer table. placement: one mixer name per layer, over the table.
         attention_mask: (batch, seqlen) padding mask. cu_seqlens: (sequences + 1,) int32, with a
         batch of one row that packs several sequences. losses, metrics: dicts for the mixers' own.
+        cache: what stands before these tokens, and afterwards these too; it knows the padding. The
+        same mixers take it from the first token to the last.
         """
-        kwargs: dict[str, Any] = {"attention_mask": attention_mask, "cu_seqlens": cu_seqlens}
-        preprocessed = self._preprocess(tokens.shape[1], tokens.device)
+        hidden = self._hidden_states(
+            tokens,
+            table=table,
+            placement=placement,
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+            losses=losses,
+            metrics=metrics,
+            cache=cache,
+        )
+        return self.lm_head(hidden)
+
+    def _hidden_states(
+        self,
+        tokens: Tensor,
+        *,
+        placement: Sequence[str] | None,
+        cache: Cache | None,
+        table: MixerTable | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        losses: dict[str, Mean] | None = None,
+        metrics: dict[str, Mean] | None = None,
+    ) -> Tensor:
+        """What the head sees, (batch, seqlen, hidden_size)."""
         places = self._places(placement)
+        kwargs: dict[str, Any] = {"attention_mask": attention_mask, "cu_seqlens": cu_seqlens}
+        if cache is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        else:
+            positions = cache.extend(tokens.shape[1], tokens.device).positions
+        preprocessed = self._preprocess(positions)
         x = self.embed_tokens(tokens)
         for layer, block in enumerate(self.layers):
+            if cache is not None:
+                kwargs["past_key_values"] = cache.layers[layer]
             if self.config.is_supernet:
                 kwargs.update(table=table, placement=places[layer], preprocessed=preprocessed)
                 kwargs.update(losses=losses, metrics=metrics)
                 x = block(x, **kwargs)
             else:
                 x = block(x, **kwargs, **preprocessed.get(places[layer], {}))
-        return self.lm_head(self.norm(x))
+        return self.norm(x)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+        placement: Sequence[str] | None = None,
+    ) -> Tensor:
+        """Continue prompts token by token; names and defaults are those of transformers.
+
+        input_ids: (batch, seqlen). attention_mask: (batch, seqlen), zero in the padding, which
+        stands on the left of shorter prompts; a row's result does not depend on it.
+        max_new_tokens: how many to add, unless every row has come to an eos_token_id, one or
+        several, before. pad_token_id: what fills a row behind its eos; defaults to the (first) eos.
+        do_sample: draw each token, with `generator` or torch's own; otherwise take the likeliest.
+        temperature divides the logits, top_k keeps so many of the likeliest tokens (None or 0:
+        all), top_p the fewest whose probabilities reach it. placement: one mixer name per layer;
+        the main mixers by default, in training as in evaluation.
+
+        Returns (batch, seqlen + new tokens). On an accelerator the host runs ahead: it waits for
+        the device every 16 tokens if there is an eos, and at the end.
+        Raises ValueError where an argument is not as above.
+        """
+        if input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.is_floating_point():
+            raise ValueError(
+                "input_ids must be integers (batch, seqlen), with at least one token, "
+                f"got {tuple(input_ids.shape)} of {input_ids.dtype}"
+            )
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must be like input_ids, {tuple(input_ids.shape)}, "
+                f"got {tuple(attention_mask.shape)}"
+            )
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens takes at least 1, got {max_new_tokens}")
+        choose = Sampler(temperature, top_k, top_p, generator) if do_sample else greedy
+        stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+        pad = pad_token_id if pad_token_id is not None else next(iter(stops), 0)
+        if placement is None and self.config.is_supernet:
+            assert isinstance(self.config.mixer, StochasticMixerConfig)
+            placement = (self.config.mixer.main,) * self.config.num_layers
+        room = input_ids.shape[1] + max_new_tokens - 1  # the last token is not read again
+        cache = Cache(self.config.num_layers, room, attention_mask)
+
+        def step(tokens: Tensor) -> Tensor:
+            hidden = self._hidden_states(tokens, placement=placement, cache=cache)
+            return self.lm_head(hidden[:, -1])
+
+        look_every = 1 if input_ids.device.type == "cpu" else 16
+        return generate(step, choose, input_ids, max_new_tokens, stops, pad, look_every)
 
     @property
     def mixer_names(self) -> tuple[str, ...]:
@@ -163,13 +257,13 @@ class SupernetModel(nn.Module):
         check_placement(placement, self.mixer_names, layers)
         return placement
 
-    def _preprocess(self, seqlen: int, device: torch.device) -> dict[str, Mapping[str, Any]]:
+    def _preprocess(self, positions: Tensor) -> dict[str, Mapping[str, Any]]:
         """What each kind of mixer computes once for all layers, in its own namespace."""
         representatives: dict[str, Any] = {}
         for layer in range(self.config.num_layers):
             representatives |= self._choices(layer)
         return {
-            name: mixer.preprocess(seqlen, device)
+            name: mixer.preprocess(positions)
             for name, mixer in representatives.items()
             if hasattr(mixer, "preprocess")
         }

@@ -2,9 +2,10 @@
 
 from ..config import AttentionConfig, Mamba1Config, MambaConfig
 from .attention import Attention
+from .cache import Cache
 from .mamba import GroupedMamba, Mamba
 
-__all__ = ["Attention", "GroupedMamba", "Mamba", "build_mixer"]
+__all__ = ["Attention", "Cache", "GroupedMamba", "Mamba", "build_mixer"]
 
 
 def build_mixer(

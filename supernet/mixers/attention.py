@@ -1,12 +1,15 @@
 """Grouped-query attention with rotary positions (Ainslie et al. 2023; Su et al. 2021), as in
 Mistral."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ...kernels.flash_attention import flash_attention
 from ...kernels.rotary import rotary, rotary_angles
-from .packing import packing_of, refuse_cache
+from .cache import LayerCache, cache_of
+from .packing import packing_of
 
 
 class Attention(nn.Module):
@@ -36,14 +39,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, hidden_size, bias=False)
 
-    def preprocess(self, seqlen: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    def preprocess(self, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Rotary angles: the same in every layer, so computed once per forward.
 
-        Rotary attention sees distances alone, so packed sequences need no positions of their own.
+        positions: (seqlen,) or (batch, seqlen). Rotary attention sees distances alone, so packed
+        sequences need no positions of their own.
         """
         if self.rope_theta is None:
             return {}
-        positions = torch.arange(seqlen, device=device)
         return {"angles": rotary_angles(positions, self.head_dim, self.rope_theta)}
 
     def forward(
@@ -57,28 +60,57 @@ class Attention(nn.Module):
         angles: tuple[Tensor, Tensor] | None = None,
         **_: object,
     ) -> Tensor:
-        """(batch, seqlen, hidden_size) to the same; attention_mask is a padding mask."""
-        refuse_cache(past_key_values, use_cache)
+        """(batch, seqlen, hidden_size) to the same.
+
+        attention_mask: a padding mask. past_key_values: a LayerCache; the tokens stand behind it.
+        """
+        cache = cache_of(self, past_key_values, use_cache, attention_mask, cu_seqlens)
         batch, seqlen, _width = hidden_states.shape
         packing = packing_of(batch, seqlen, attention_mask, cu_seqlens)
         if angles is None:
-            angles = self.preprocess(seqlen, hidden_states.device).get("angles")
+            places = torch.arange(seqlen, device=hidden_states.device)
+            angles = self.preprocess(cache.step.positions if cache else places).get("angles")
 
         q = self.q_proj(hidden_states).unflatten(-1, (self.heads, self.head_dim))
         k = self.k_proj(hidden_states).unflatten(-1, (self.kv_heads, self.head_dim))
         v = self.v_proj(hidden_states).unflatten(-1, (self.kv_heads, self.head_dim))
         if angles is not None:
             q, k = rotary(q, *angles), rotary(k, *angles)
-        window = (-1 if self.window_size is None else self.window_size - 1, -1)
+        if cache is not None:
+            return self.o_proj(self.attend_behind(cache, q, k, v).flatten(-2))
         bounds = None
         if packing is not None:
             q, k, v = packing.pack(q), packing.pack(k), packing.pack(v)
             bounds = packing.cu_seqlens
-        out = flash_attention(q, k, v, causal=True, window_size=window, cu_seqlens_q=bounds)
-        assert isinstance(out, Tensor)
+        out = self.attend(q, k, v, cu_seqlens_q=bounds)
         if packing is not None:
             out = packing.unpack(out, batch, seqlen)
         return self.o_proj(out.flatten(-2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **packed: Any) -> Tensor:
+        window = (-1 if self.window_size is None else self.window_size - 1, -1)
+        out = flash_attention(q, k, v, causal=True, window_size=window, **packed)
+        assert isinstance(out, Tensor)
+        return out
+
+    def attend_behind(self, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of a step's queries to its own keys and to those in the cache."""
+        step = cache.step
+        k, v = cache.append("k", k), cache.append("v", v)
+        if step.cu_seqlens_q is None:
+            return self.attend(q, k[:, : step.length], v[:, : step.length])
+        out = self.attend(
+            q.flatten(0, 1),
+            k.flatten(0, 1),
+            v.flatten(0, 1),
+            cu_seqlens_q=step.cu_seqlens_q,
+            cu_seqlens_k=step.cu_seqlens_k,
+            max_seqlen_q=q.shape[1],
+            max_seqlen_k=step.length,
+        ).view_as(q)
+        if step.seq_idx is None:
+            return out
+        return out.masked_fill(step.seq_idx[..., None, None] == 0, 0)  # what padding sees is noise
 
     def flops_per_token(self, seqlen: int) -> float:
         """Forward FLOPs, two per multiply-add, averaged over the places of a sequence."""

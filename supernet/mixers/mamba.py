@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ...kernels.causal_conv1d import causal_conv1d
 from ...kernels.selective_scan import selective_scan
-from .packing import packing_of, refuse_cache
+from .cache import LayerCache, cache_of, single_layer
+from .packing import packing_of
 
 
 class Mamba(nn.Module):
@@ -68,20 +69,64 @@ class Mamba(nn.Module):
         use_cache: bool = False,
         *,
         cu_seqlens: Tensor | None = None,
+        inference_params: Any = None,
         **_: object,
     ) -> Tensor:
-        """(batch, seqlen, d_model) to the same; attention_mask is a padding mask."""
-        refuse_cache(past_key_values, use_cache)
+        """(batch, seqlen, d_model) to the same.
+
+        attention_mask: a padding mask. past_key_values: a LayerCache; the tokens stand behind it.
+        inference_params: mamba_ssm's, which holds this layer's states under its layer_idx.
+        """
+        if inference_params is not None:
+            return self._with_inference_params(hidden_states, inference_params)
+        cache = cache_of(self, past_key_values, use_cache, attention_mask, cu_seqlens)
         batch, seqlen, _width = hidden_states.shape
-        packing = packing_of(batch, seqlen, attention_mask, cu_seqlens)
+        packing = cache.step if cache else packing_of(batch, seqlen, attention_mask, cu_seqlens)
         seq_idx = packing.seq_idx if packing else None
 
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        x = convolve(self.conv1d, x, seq_idx)
+        x = convolve(self.conv1d, x, seq_idx, cache)
         dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         dt = F.linear(dt, self.dt_proj.weight)
-        y = scan(self, x, dt, B.unsqueeze(2), C.unsqueeze(2), z, seq_idx)
+        y = scan(self, x, dt, B.unsqueeze(2), C.unsqueeze(2), z, seq_idx, cache)
         return self.out_proj(y)
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **_: object
+    ) -> tuple[Tensor, Tensor]:
+        """mamba_ssm's states, zeros: the convolution's (batch, d_inner, d_conv), the last inputs,
+        and the scan's (batch, d_inner, d_state)."""
+        conv, dt = self.conv1d.weight, self.dt_proj.weight
+        return (
+            conv.new_zeros(batch_size, self.d_inner, conv.shape[-1], dtype=dtype),
+            dt.new_zeros(batch_size, self.d_inner, self.d_state, dtype=dtype),
+        )
+
+    def step(
+        self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """mamba_ssm's step: one token (batch, 1, d_model) behind the states, updated in place."""
+        if hidden_states.shape[1] != 1:
+            raise ValueError(f"step takes one token at a time, got {hidden_states.shape[1]}")
+        layer = single_layer(hidden_states)
+        layer.states = {"conv": conv_state.transpose(1, 2), "ssm": ssm_state}
+        return self(hidden_states, past_key_values=layer), conv_state, ssm_state
+
+    def _with_inference_params(self, hidden_states: Tensor, params: Any) -> Tensor:
+        if self.layer_idx is None:
+            raise ValueError("inference_params goes with a mixer made with layer_idx=")
+        states = params.key_value_memory_dict
+        if self.layer_idx not in states:
+            batch = len(hidden_states)
+            states[self.layer_idx] = self.allocate_inference_cache(batch, params.max_seqlen)
+        conv_state, ssm_state = states[self.layer_idx]
+        if params.seqlen_offset > 0:
+            return self.step(hidden_states, conv_state, ssm_state)[0]
+        layer = single_layer(hidden_states)
+        out = self(hidden_states, past_key_values=layer)
+        conv_state[:, :, 1:] = layer.states["conv"].transpose(1, 2)
+        ssm_state.copy_(layer.states["ssm"])
+        return out
 
     def flops_per_token(self, seqlen: int) -> float:
         """Forward FLOPs, two per multiply-add; the same at every length."""
@@ -143,23 +188,26 @@ class GroupedMamba(nn.Module):
         cu_seqlens: Tensor | None = None,
         **_: object,
     ) -> Tensor:
-        """(batch, seqlen, hidden_size) to the same; attention_mask is a padding mask."""
-        refuse_cache(past_key_values, use_cache)
+        """(batch, seqlen, hidden_size) to the same.
+
+        attention_mask: a padding mask. past_key_values: a LayerCache; the tokens stand behind it.
+        """
+        cache = cache_of(self, past_key_values, use_cache, attention_mask, cu_seqlens)
         batch, seqlen, _width = hidden_states.shape
-        packing = packing_of(batch, seqlen, attention_mask, cu_seqlens)
+        packing = cache.step if cache else packing_of(batch, seqlen, attention_mask, cu_seqlens)
         seq_idx = packing.seq_idx if packing else None
 
         widths = (self.d_inner, self.d_xb, self.d_xb, self.d_inner)
         z, x, B, C = self.in_proj(hidden_states).split(widths, dim=-1)
         dt = self.dt_proj(self.dt_in_proj(hidden_states))
         if self.repeat_kv_before_conv:
-            x = convolve(self.conv1d, self.repeat_groups(x), seq_idx)
+            x = convolve(self.conv1d, self.repeat_groups(x), seq_idx, cache)
         else:
-            x = self.repeat_groups(convolve(self.conv1d, x, seq_idx))
+            x = self.repeat_groups(convolve(self.conv1d, x, seq_idx, cache))
         # The scan reads group d · groups / d_inner for channel d, so B needs no repeating.
         B = B.unflatten(-1, (-1, self.d_state))
         C = C.unflatten(-1, (-1, self.d_state))
-        return self.out_proj(scan(self, x, dt, B, C, z, seq_idx))
+        return self.out_proj(scan(self, x, dt, B, C, z, seq_idx, cache))
 
     def repeat_groups(self, x: Tensor) -> Tensor:
         """(batch, seqlen, d_xb) to (batch, seqlen, d_inner), as key and value heads repeat."""
@@ -205,10 +253,25 @@ def init_dt(
         dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus, inverted
 
 
-def convolve(conv: nn.Conv1d, x: Tensor, seq_idx: Tensor | None) -> Tensor:
+def convolve(
+    conv: nn.Conv1d, x: Tensor, seq_idx: Tensor | None, cache: LayerCache | None
+) -> Tensor:
     weight = conv.weight.squeeze(1)
-    out = causal_conv1d(x, weight, conv.bias, activation="silu", seq_idx=seq_idx)
-    assert isinstance(out, Tensor)
+    if cache is not None and cache.updates("conv"):
+        from ...kernels.causal_conv1d_update import causal_conv1d_update
+
+        return causal_conv1d_update(x, cache.states["conv"], weight, conv.bias, activation="silu")
+    out, state = causal_conv1d(
+        x,
+        weight,
+        conv.bias,
+        activation="silu",
+        seq_idx=seq_idx,
+        initial_state=cache.states.get("conv") if cache else None,
+        return_final_state=True,
+    )
+    if cache is not None:
+        cache.keep("conv", state)
     return out
 
 
@@ -220,21 +283,33 @@ def scan(
     C: Tensor,
     z: Tensor,
     seq_idx: Tensor | None,
+    cache: LayerCache | None,
 ) -> Tensor:
-    bias = mixer.dt_proj.bias
-    out = selective_scan(
+    A, D = -mixer.A_log.float().exp(), mixer.D.float()
+    bias = None if mixer.dt_proj.bias is None else mixer.dt_proj.bias.float()
+    if cache is not None and cache.updates("ssm"):
+        from ...kernels.selective_state_update import selective_state_update
+
+        x, dt, B, C, z = (token.squeeze(1) for token in (x, dt, B, C, z))
+        return selective_state_update(
+            cache.states["ssm"], x, dt, A, B, C, D, z, bias, dt_softplus=True
+        ).unsqueeze(1)
+    out, state = selective_scan(
         x,
         dt,
-        -mixer.A_log.float().exp(),
+        A,
         B,
         C,
-        mixer.D.float(),
+        D,
         z=z,
-        delta_bias=None if bias is None else bias.float(),
+        delta_bias=bias,
         delta_softplus=True,
+        initial_state=cache.states.get("ssm") if cache else None,
         seq_idx=seq_idx,
+        return_final_state=True,
     )
-    assert isinstance(out, Tensor)
+    if cache is not None:
+        cache.keep("ssm", state)
     return out
 
 

@@ -82,10 +82,3 @@ def padding_mask_of(attention_mask: Tensor) -> Tensor:
     if not torch.equal(sees & counts[..., None], causal & counts[..., None]):
         raise ValueError("attention_mask is neither a padding mask nor causal with padding")
     return counts
-
-
-def refuse_cache(past_key_values: object, use_cache: bool) -> None:
-    if past_key_values is not None or use_cache:
-        raise NotImplementedError(
-            "this mixer keeps no cache yet; call it with use_cache=False and past_key_values=None"
-        )

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import MistralConfig
+from transformers import DynamicCache, MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralRotaryEmbedding
 
 from tests.oracles import Mamba as UpstreamMamba
@@ -151,8 +151,10 @@ def test_packed_and_padded_sequences_are_those_sequences_alone(kind):
 @pytest.mark.parametrize("kind", MIXERS)
 def test_what_a_mixer_cannot_do_it_says(kind):
     mixer, x = MIXERS[kind](), torch.randn(2, 4, 16)
-    with pytest.raises(NotImplementedError, match="keeps no cache yet"):
-        mixer(x, use_cache=True)
+    for cache in (None, DynamicCache()):
+        got = type(cache).__name__
+        with pytest.raises(NotImplementedError, match=f"no cache but tossup's own, .* got {got}; "):
+            mixer(x, past_key_values=cache, use_cache=True)
     with pytest.raises(ValueError, match=r"padding mask of shape \(2, 4\), got \(2, 5\)"):
         mixer(x, attention_mask=torch.ones(2, 5))
     window = torch.ones(4, 4, dtype=torch.bool).tril().triu(-1)
