@@ -5,7 +5,6 @@ from ..dot import dot
 from ..routing.gate import active_sample
 from .tiles import (
     LOG2_E,
-    dropout_of,
     dropped,
     key_range,
     load_tile,
@@ -32,7 +31,7 @@ def rebuild(
     if EDGE:
         weights = tl.where(visible(i, j, window), weights, 0.0)
     used = weights
-    if dropout is not None:
+    if dropout[0] is not None:
         used, dweights = dropped(weights, i, j, dropout), dropped(dweights, i, j, dropout)
     dproducts = weights * (dweights - delta)
     if scoring[1] is not None:
@@ -84,8 +83,13 @@ def dq_kernel(
     if first >= seqlen_q:
         return
     window = (seqlen_k - seqlen_q, seqlen_k, left, right)
-    scoring = (scale, softcap, slope_of(slopes_ptr, stride_slopes, sample, head))
-    dropout = dropout_of(seed_ptr, threshold, keep_scale, sample, head)
+    slope, seed = slopes_ptr, seed_ptr  # None where there is none; no function may return that
+    if slopes_ptr is not None:
+        slope = slope_of(slopes_ptr, stride_slopes, sample, head)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    scoring = (scale, softcap, slope)
+    dropout = (seed, threshold, keep_scale, sample.to(tl.int32), head)
     queries = tiles_of(q_ptr, stride_q, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
     douts = tiles_of(dout_ptr, stride_dout, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
     outs = tiles_of(out_ptr, stride_out, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
@@ -192,8 +196,13 @@ def dkdv_kernel(
     start, stop = query_range(first, seqlen_q, window, BLOCK_M, BLOCK_N)
     for member in range(group):
         head = kv_head * group + member
-        scoring = (scale, softcap, slope_of(slopes_ptr, stride_slopes, sample, head))
-        dropout = dropout_of(seed_ptr, threshold, keep_scale, sample, head)
+        slope, seed = slopes_ptr, seed_ptr  # None where there is none; no function may return that
+        if slopes_ptr is not None:
+            slope = slope_of(slopes_ptr, stride_slopes, sample, head)
+        if seed_ptr is not None:
+            seed = tl.load(seed_ptr)
+        scoring = (scale, softcap, slope)
+        dropout = (seed, threshold, keep_scale, sample.to(tl.int32), head)
         queries = tiles_of(q_ptr, stride_q, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
         douts = tiles_of(dout_ptr, stride_dout, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
         place = sample * stride_lse[0] + tl.cast(head, tl.int64) * stride_lse[1] + row_q

@@ -5,7 +5,6 @@ from ..dot import dot
 from ..routing.gate import active_sample
 from .tiles import (
     LN_2,
-    dropout_of,
     dropped,
     key_range,
     load_tile,
@@ -40,7 +39,7 @@ def attend(
         decay = tl.exp2(top - base)
         total = total * decay + tl.sum(weights, 1)
         top = higher
-        if dropout is not None:
+        if dropout[0] is not None:
             weights = dropped(weights, i[:, None], j[None, :], dropout)
         v = load_tile(values, n, window[1], HEAD_DIM, EDGE)  # [BLOCK_N, BLOCK_D]
         acc = dot(weights.to(v.dtype), v, acc * decay[:, None])
@@ -71,8 +70,13 @@ def forward_kernel(
     if first >= seqlen_q:
         return
     window = (seqlen_k - seqlen_q, seqlen_k, left, right)
-    scoring = (scale, softcap, slope_of(slopes_ptr, stride_slopes, sample, head))
-    dropout = dropout_of(seed_ptr, threshold, keep_scale, sample, head)
+    slope, seed = slopes_ptr, seed_ptr  # None where there is none; no function may return that
+    if slopes_ptr is not None:
+        slope = slope_of(slopes_ptr, stride_slopes, sample, head)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    scoring = (scale, softcap, slope)
+    dropout = (seed, threshold, keep_scale, sample.to(tl.int32), head)
     queries = tiles_of(q_ptr, stride_q, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
     keys = tiles_of(k_ptr, stride_k, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET)
     values = tiles_of(v_ptr, stride_v, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET)

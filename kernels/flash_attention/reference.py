@@ -91,7 +91,7 @@ def attend(
             (dropout_seed & LOW, dropout_seed >> 32 & LOW),
             (key, query, head, samples[:, None, None, None]),
         )
-        dropped = words < round(dropout_p * 2**32)
+        dropped = torch.as_tensor(words) < round(dropout_p * 2**32)
         weights = weights.masked_fill(dropped, 0) / (1 - dropout_p)
     return torch.einsum("bhij,bjhd->bihd", weights.to(v.dtype), v), lse
 

@@ -142,27 +142,15 @@ def scores_of(products, i, j, window, scoring):
 @triton.jit
 def slope_of(slopes_ptr, stride, sample, head):
     """ALiBi's slope of a head. stride: (batch, heads)."""
-    slope = None
-    if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + sample * stride[0] + head * stride[1]).to(tl.float32)
-    return slope
-
-
-@triton.jit
-def dropout_of(seed_ptr, threshold, keep_scale, sample, head):
-    """What `dropped` needs; None without dropout.
-
-    threshold: how many of 2³² words drop a weight. keep_scale: the factor on the others.
-    """
-    dropout = None
-    if seed_ptr is not None:
-        dropout = (tl.load(seed_ptr), threshold, keep_scale, sample.to(tl.int32), head)
-    return dropout
+    return tl.load(slopes_ptr + sample * stride[0] + head * stride[1]).to(tl.float32)
 
 
 @triton.jit
 def dropped(weights, i, j, dropout):
-    """The weights after dropout. Query, key, head and sample are Philox's counter."""
+    """The weights after dropout. Query, key, head and sample are Philox's counter.
+
+    dropout: (seed, how many of 2³² words drop a weight, the factor on the others, sample, head).
+    """
     seed, threshold, keep_scale, sample, head = dropout
     zeros = i * 0 + j * 0
     words, _, _, _ = tl.philox(seed, zeros + j, zeros + i, zeros + head, zeros + sample)

@@ -1,0 +1,102 @@
+"""causal-conv1d's functions on Tossup's ops.
+
+Layouts are upstream's, (batch, dim, seqlen); what passes through is transposed as a view, so
+nothing is copied in either layout, and results lie in memory as the inputs do. Where upstream
+refuses a combination that our ops know (a final state in a channel-first layout or with seq_idx,
+other dtypes), it runs here.
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+from ..causal_conv1d import causal_conv1d
+from ..causal_conv1d_update import causal_conv1d_update as update_op
+
+__all__ = ["causal_conv1d_fn", "causal_conv1d_update"]
+
+
+def causal_conv1d_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal depthwise convolution, as `tossup.causal_conv1d`.
+
+    x: (batch, dim, seqlen), any strides. weight: (dim, width), width 2 to 4. bias: (dim,).
+    seq_idx: (batch, seqlen), integers: the packed sequence of each token. Tokens with a negative
+        one are padding, and give zeros.
+    initial_states: (batch, dim, width - 1), the inputs before x. Differentiable.
+    return_final_states: return (out, final_states) instead of out, final_states (batch, dim,
+        width - 1), channels contiguous. Differentiable.
+    final_states_out: memory for final_states; it is written only when they are returned.
+    activation: None, or "silu" or "swish", which are one.
+
+    Returns out, like x. Raises NotImplementedError for other activations, and ValueError where a
+    shape or a dtype is not as above.
+    """
+    result = causal_conv1d(
+        x.transpose(1, 2),
+        weight,
+        bias,
+        activation=own_activation(activation),
+        seq_idx=seq_idx,
+        initial_state=None if initial_states is None else initial_states.transpose(1, 2),
+        return_final_state=return_final_states,
+    )
+    out, final_states = result if isinstance(result, tuple) else (result, None)
+    out = out.transpose(1, 2)
+    if seq_idx is not None:
+        out = out.masked_fill((seq_idx < 0).unsqueeze(1), 0)
+    if final_states is None:
+        return out
+    final_states = final_states.transpose(1, 2)
+    if final_states_out is not None:
+        # An alias: the caller's buffer shall not carry this call's graph into the next one.
+        final_states = final_states_out.detach().copy_(final_states)
+    return out, final_states
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
+    """One or several steps of the convolution on a state that is updated in place.
+
+    x: (batch, dim), or (batch, dim, seqlen). weight: (dim, width), width 2 to 4. bias: (dim,).
+    conv_state: (entries, dim, state_len), the last inputs, with state_len >= width - 1.
+    activation: None, or "silu" or "swish", which are one.
+    cache_seqlens: int32 (batch,). Makes the state a ring: x is written at cache_seqlens modulo
+        state_len. None shifts the state to the left.
+    conv_state_indices: int32 (batch,): the entry of each sample; a negative one is padding, whose
+        output is zero. None is entry n for sample n.
+
+    Returns out, like x. Without gradients. Raises NotImplementedError for other activations, and
+    ValueError where a shape or a dtype is not as above.
+    """
+    out = update_op(
+        x if x.ndim == 2 else x.transpose(1, 2),
+        conv_state.transpose(1, 2),
+        weight,
+        bias,
+        activation=own_activation(activation),
+        cache_seqlens=cache_seqlens,
+        conv_state_indices=conv_state_indices,
+    )
+    return out if x.ndim == 2 else out.transpose(1, 2)
+
+
+def own_activation(activation: str | None) -> Literal["silu"] | None:
+    if activation not in (None, "silu", "swish"):
+        raise NotImplementedError(f"activation must be None, 'silu' or 'swish', got {activation!r}")
+    return None if activation is None else "silu"

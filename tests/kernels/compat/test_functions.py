@@ -1,0 +1,286 @@
+"""The drop-in functions, against their upstreams' own references and signatures."""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.oracles import (
+    mamba_inner_fn,
+    mamba_inner_ref,
+    selective_scan_fn,
+    selective_scan_ref,
+    selective_state_update,
+    selective_state_update_ref,
+)
+from tossup.kernels import compat
+from tossup.kernels.compat import bert_padding
+from tossup.kernels.flash_attention import flash_attention
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(out: Tensor, leaves) -> tuple[Tensor, ...]:
+    dout = torch.linspace(-1, 1, out.numel()).sin().view(out.shape)
+    return torch.autograd.grad(out, leaves, dout)
+
+
+def parameters(function) -> list[tuple[str, object]]:
+    return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize(
+    "theirs", [selective_scan_fn, mamba_inner_fn, selective_state_update], ids=lambda f: f.__name__
+)
+def test_signatures_are_those_of_mamba_ssm(theirs):
+    assert parameters(getattr(compat, theirs.__name__)) == parameters(theirs)
+
+
+OPTIONS = (
+    "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
+    "alibi_slopes=None, deterministic=False, return_attn_probs=False"
+)
+VARLEN = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
+# As flash-attn 2.8.3 and causal-conv1d 1.7.0 declare them
+DECLARED = {
+    "flash_attn_func": f"q, k, v, {OPTIONS}",
+    "flash_attn_qkvpacked_func": f"qkv, {OPTIONS}",
+    "flash_attn_kvpacked_func": f"q, kv, {OPTIONS}",
+    "flash_attn_varlen_func": f"q, k, v, {VARLEN}, {OPTIONS}, block_table=None",
+    "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {OPTIONS}",
+    "flash_attn_varlen_kvpacked_func": f"q, kv, {VARLEN}, {OPTIONS}",
+    "causal_conv1d_fn": (
+        "x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, "
+        "final_states_out=None, activation=None"
+    ),
+    "causal_conv1d_update": (
+        "x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, "
+        "conv_state_indices=None"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_signatures_are_those_of_the_others(name):
+    declared: dict = {}
+    exec(f"def function({DECLARED[name]}): ...", declared)
+    assert parameters(getattr(compat, name)) == parameters(declared["function"])
+
+
+def scan_inputs(groups: int, constant: bool) -> dict[str, Tensor]:
+    variable = (2, groups, 4, 19) if groups > 1 else (2, 4, 19)
+    shape = (6, 4) if constant else variable
+    inputs = {
+        "u": normal(2, 6, 19),
+        "delta": normal(2, 6, 19, seed=1),
+        "A": -normal(6, 4).exp(),
+        "B": normal(*shape, seed=2),
+        "C": normal(*variable, seed=3),
+        "D": normal(6),
+        "z": normal(2, 19, 6).transpose(1, 2),
+        "delta_bias": normal(6, seed=4),
+    }
+    return {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+
+
+@pytest.mark.parametrize("groups, constant", [(1, False), (2, False), (1, True)])
+def test_selective_scan_fn_agrees_with_mamba_ssm(groups, constant):
+    inputs = scan_inputs(groups, constant)
+    options = {"delta_softplus": True, "return_last_state": True}
+    out, state = compat.selective_scan_fn(**inputs, **options)
+    expected, expected_state = selective_scan_ref(**inputs, **options)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-5)
+    assert not state.requires_grad
+    leaves = list(inputs.values())
+    for ours, theirs in zip(gradients(out, leaves), gradients(expected, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_complex_A_is_refused():
+    inputs = scan_inputs(1, False)
+    with pytest.raises(NotImplementedError, match=r"A must be real, got torch.complex64"):
+        compat.selective_scan_fn(**(inputs | {"A": inputs["A"].detach().cfloat()}))
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_mamba_inner_fn_agrees_with_mamba_ssm(constant):
+    dim, state, rank, hidden = 6, 4, 2, 5
+    projected = rank + (0 if constant else state) + state
+    inputs = {
+        "xz": normal(2, 2 * dim, 11),
+        "conv1d_weight": normal(dim, 1, 4),
+        "conv1d_bias": normal(dim),
+        "x_proj_weight": normal(projected, dim, seed=1),
+        "delta_proj_weight": normal(dim, rank, seed=2),
+        "out_proj_weight": normal(hidden, dim, seed=3),
+        "out_proj_bias": normal(hidden),
+        "A": -normal(dim, state).exp(),
+        "B": normal(dim, state, seed=4) if constant else None,
+        "D": normal(dim, seed=5),
+        "delta_bias": normal(dim, seed=6),
+    }
+    leaves = [t.requires_grad_() for t in inputs.values() if t is not None]
+    ours = compat.mamba_inner_fn(**inputs)
+    theirs = mamba_inner_ref(**inputs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for got, expected in zip(gradients(ours, leaves), gradients(theirs, leaves), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads, groups", [(None, 1), (6, 1), (6, 3)])
+def test_selective_state_update_agrees_with_mamba_ssm(heads, groups):
+    of = () if heads is None else (heads,)
+    state = normal(3, *of, 8, 5)
+    inputs = {
+        "x": normal(3, *of, 8, seed=1),
+        "dt": normal(3, *of, 8, seed=2),
+        "A": -normal(*of, 8, 5).exp(),
+        "B": normal(3, groups, 5) if heads else normal(3, 5),
+        "C": normal(3, groups, 5, seed=3) if heads else normal(3, 5, seed=3),
+        "D": normal(*of, 8, seed=4),
+        "z": normal(3, *of, 8, seed=5),
+        "dt_bias": normal(*of, 8, seed=6),
+    }
+    ours, theirs = state.clone(), state.clone()
+    out = compat.selective_state_update(ours, **inputs, dt_softplus=True)
+    expected = selective_state_update_ref(theirs, **inputs, dt_softplus=True)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, theirs)
+
+    entries = torch.tensor([4, -1, 2])
+    many = normal(6, *of, 8, 5, seed=7)
+    before = many.clone()
+    gathered = many[[4, 0, 2]]
+    expected = selective_state_update_ref(gathered, **inputs)
+    out = compat.selective_state_update(many, **inputs, state_batch_indices=entries.int())
+    torch.testing.assert_close(out[[0, 2]], expected[[0, 2]], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(many[[4, 2]], gathered[[0, 2]])
+    assert (out[1] == 0).all() and torch.equal(many[[0, 1, 3, 5]], before[[0, 1, 3, 5]])
+
+
+@pytest.mark.parametrize("channel_last", [False, True])
+@pytest.mark.parametrize("activation", [None, "silu", "swish"])
+def test_causal_conv1d_fn_agrees_with_torch(channel_last, activation):
+    x, weight, bias = normal(2, 7, 9), normal(7, 4), normal(7)
+    x = x.transpose(1, 2).contiguous().transpose(1, 2) if channel_last else x
+    before = normal(2, 7, 3, seed=1)
+    leaves = [t.requires_grad_() for t in (x, weight, bias, before)]
+    final = torch.empty(2, 3, 7).transpose(1, 2)
+    out, state = compat.causal_conv1d_fn(
+        x, weight, bias, initial_states=before, return_final_states=True, final_states_out=final,
+        activation=activation,
+    )  # fmt: skip
+    inputs = torch.cat([before, x], -1)
+    expected = F.conv1d(inputs, weight.unsqueeze(1), bias, groups=7)
+    expected = F.silu(expected) if activation else expected
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(state, inputs[..., -3:]) and state.data_ptr() == final.data_ptr()
+    for got, theirs in zip(gradients(out, leaves), gradients(expected, leaves), strict=True):
+        torch.testing.assert_close(got, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_causal_conv1d_fn_gives_zeros_for_padding():
+    x, weight = normal(1, 3, 6), normal(3, 2)
+    seq_idx = torch.tensor([[0, 0, 1, 1, -1, -1]], dtype=torch.int32)
+    out = compat.causal_conv1d_fn(x, weight, seq_idx=seq_idx)
+    for tokens in (slice(0, 2), slice(2, 4)):
+        alone = compat.causal_conv1d_fn(x[..., tokens], weight)
+        torch.testing.assert_close(out[..., tokens], alone)
+    assert (out[..., 4:] == 0).all()
+
+
+def test_causal_conv1d_update_steps_along():
+    x, weight, bias = normal(2, 7, 5), normal(7, 3), normal(7)
+    state = torch.zeros(2, 7, 4)
+    whole = compat.causal_conv1d_fn(x, weight, bias, activation="silu")
+    first = compat.causal_conv1d_update(x[..., :3], state, weight, bias, "silu")
+    second = compat.causal_conv1d_update(x[..., 3], state, weight, bias, "swish")
+    torch.testing.assert_close(torch.cat([first, second[..., None]], -1), whole[..., :4])
+    assert torch.equal(state, x[..., :4])
+
+
+def test_other_activations_are_refused():
+    with pytest.raises(NotImplementedError, match=r"activation must be .* got 'relu'"):
+        compat.causal_conv1d_fn(normal(1, 3, 6), normal(3, 2), activation="relu")
+    with pytest.raises(NotImplementedError, match=r"activation must be .* got 'relu'"):
+        compat.causal_conv1d_update(normal(1, 3), normal(1, 3, 2), normal(3, 2), None, "relu")
+
+
+QKV = normal(2, 9, 3, 4, 8)
+BOUNDS = torch.tensor([0, 5, 9, 18], dtype=torch.int32)
+
+
+def test_attention_in_every_packing_is_the_same():
+    options = dict(causal=True, window_size=(3, -1), softcap=4.0, softmax_scale=0.5)
+    q, k, v = QKV.unbind(2)
+    expected = flash_attention(q, k, v, **options)
+    torch.testing.assert_close(compat.flash_attn_func(q, k, v, **options), expected)
+    torch.testing.assert_close(compat.flash_attn_qkvpacked_func(QKV, **options), expected)
+    kv = QKV[:, :, 1:]
+    torch.testing.assert_close(compat.flash_attn_kvpacked_func(q, kv, **options), expected)
+
+    flat = QKV.flatten(0, 1)
+    q, k, v = flat.unbind(1)
+    expected = flash_attention(q, k, v, cu_seqlens_q=BOUNDS, **options)
+    bounds = (BOUNDS, BOUNDS, 9, 9)
+    for ours in (
+        compat.flash_attn_varlen_func(q, k, v, *bounds, **options),
+        compat.flash_attn_varlen_kvpacked_func(q, flat[:, 1:], *bounds, **options),
+        compat.flash_attn_varlen_qkvpacked_func(flat, BOUNDS, 9, **options),
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_attention_agrees_with_torch_and_gives_the_gradient_of_the_packed_tensor():
+    qkv = QKV.clone().requires_grad_()
+    out, lse, mask = compat.flash_attn_qkvpacked_func(qkv, causal=True, return_attn_probs=True)
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(gradients(out, [qkv]), gradients(expected, [qkv]))
+    scores = (q @ k.mT * 8**-0.5).masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+    assert mask.numel() == 0
+
+
+def test_attention_refuses_what_it_cannot_give():
+    q, k, v = QKV.unbind(2)
+    with pytest.raises(NotImplementedError, match="return_attn_probs must be False"):
+        compat.flash_attn_func(q, k, v, dropout_p=0.5, return_attn_probs=True)
+    with pytest.raises(NotImplementedError, match="block_table must be None"):
+        compat.flash_attn_varlen_func(
+            *QKV[0].unbind(1), BOUNDS[:3], BOUNDS[:3], 5, 5, block_table=BOUNDS
+        )
+    with pytest.raises(ValueError, match=r"qkv must be .* 3, heads, head_dim"):
+        compat.flash_attn_qkvpacked_func(QKV[:, :, :2])
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_cache_that_grows_gives_what_the_whole_gives(on_device):
+    q, k, v = QKV.unbind(2)
+    keys, values = torch.full((2, 2, 16, 4, 8), 1e4).unbind()
+    expected = flash_attention(q, k, v, causal=True)
+    for start, stop in ((0, 5), (5, 6), (6, 9)):
+        filled = torch.full((2,), start, dtype=torch.int32) if on_device else start
+        new = (x[:, start:stop] for x in (q, k, v))
+        query, key, value = new
+        out = compat.flash_attn_with_kvcache(
+            query, keys, values, key, value, cache_seqlens=filled, causal=True
+        )
+        torch.testing.assert_close(out, expected[:, start:stop])
+    assert torch.equal(keys[:, :9], k) and (values[:, 9:] == 1e4).all()
+
+
+def test_a_padded_batch_is_packed_and_padded_again():
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 1]])
+    states = normal(3, 3, 4)
+    packed, indices, bounds, longest, used = bert_padding.unpad_input(states, mask)
+    assert torch.equal(packed, states[mask.bool()]) and longest == 3
+    assert bounds.tolist() == [0, 2, 5, 6] and used.tolist() == [2, 3, 1]
+    padded = bert_padding.pad_input(packed, indices, 3, 3)
+    assert torch.equal(padded, states * mask[..., None])
