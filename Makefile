@@ -23,7 +23,7 @@ demo: $(PACKAGE)
 	$(BIN)/python examples/demo.py
 
 test: $(DEV) $(OLDEST)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile tests
 
 lint: $(DEV)
 	$(BIN)/ruff check .

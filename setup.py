@@ -41,6 +41,7 @@ setup(
             "mypy",
             "pytest",
             "pytest-benchmark",
+            "pytest-xdist",
             "ruff",
             "scipy",
             "setuptools",

@@ -5,6 +5,7 @@ Tensors are on the meta device, so nothing is allocated and nothing runs.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -56,4 +57,152 @@ def draws() -> Iterator[Case]:
             yield Case("routing", f"{kind}, {len(layouts)} layouts, batch {batch}", launch)
 
 
-CASES: tuple[Case, ...] = (*draws(),)
+def scans() -> Iterator[Case]:
+    """(batch, seqlen, dim, state, groups) of Mamba-1, Apriel's, and what takes another path."""
+    shapes = {
+        "8×4096×4096, state 16": (8, 4096, 4096, 16, 1),
+        "8×4096×4096, state 16, 256 groups": (8, 4096, 4096, 16, 256),
+        "2×2048×2048, state 64": (2, 2048, 2048, 64, 1),
+        "2×2048×2048, state 128": (2, 2048, 2048, 128, 1),
+        "2×2048×2048, state 256": (2, 2048, 2048, 256, 1),
+        "1×32768×1024, state 16": (1, 32768, 1024, 16, 1),  # too few channels to fill a GPU
+    }
+    for name, shape in shapes.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            launch = partial(scan, shape, dtype)
+            yield Case("selective_scan", f"routed, {short(dtype)}, {name}", launch)
+    launch = partial(scan, (2, 2048, 1536, 5, 512), torch.bfloat16, packed=True)
+    yield Case("selective_scan", "routed, bf16, 2×2048×1536, state 5, 512 groups, packed", launch)
+    launch = partial(scan, shapes["8×4096×4096, state 16"], torch.bfloat16, constant=True)
+    name = "routed, bf16, 8×4096×4096, state 16, constant B and C"
+    yield Case("selective_scan", name, launch)
+
+
+def scan(shape: Shape, dtype: torch.dtype, packed: bool = False, constant: bool = False) -> None:
+    batch, seqlen, dim, states, groups = shape
+    u = meta(batch, seqlen, dim, dtype=dtype)
+    A, D = meta(dim, states, dtype=torch.float32), meta(dim, dtype=torch.float32)
+    B = A if constant else meta(batch, seqlen, groups, states, dtype=dtype)
+    state = meta(batch, dim, states, dtype=torch.float32) if packed else None
+    seq_idx = meta(batch, seqlen, dtype=torch.int32) if packed else None
+    inputs = u, u, A, B, B, D, u, D, state, seq_idx, *route_over(batch), True
+    kernels = kernels_of("selective_scan")
+    _, final_state, kept = kernels.forward(*inputs)
+    kernels.backward(u, final_state if packed else None, kept, *inputs)
+
+
+def convolutions() -> Iterator[Case]:
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, packed, channels_last in (
+            ("8×4096×4096, width 4", False, True),
+            ("8×4096×4096, width 4, packed", True, True),
+            ("8×4096×4096, width 4, time contiguous", False, False),
+        ):
+            yield Case(
+                "causal_conv1d",
+                f"routed, {short(dtype)}, {name}",
+                partial(convolve, dtype, packed, channels_last),
+            )
+
+
+def convolve(dtype: torch.dtype, packed: bool, channels_last: bool) -> None:
+    batch, seqlen, dim, width = 8, 4096, 4096, 4
+    x = meta(batch, seqlen, dim, dtype=dtype)
+    if not channels_last:
+        x = meta(batch, dim, seqlen, dtype=dtype).transpose(1, 2)
+    weight, bias = meta(dim, width, dtype=torch.float32), meta(dim, dtype=torch.float32)
+    state = meta(batch, width - 1, dim, dtype=dtype) if packed else None
+    seq_idx = meta(batch, seqlen, dtype=torch.int32) if packed else None
+    inputs = x, weight, bias, state, seq_idx, *route_over(batch), "silu"
+    kernels = kernels_of("causal_conv1d")
+    out, final_state = kernels.forward(*inputs)
+    kernels.backward(out, final_state if packed else None, *inputs)
+
+
+def rotations() -> Iterator[Case]:
+    for dtype in (torch.bfloat16, torch.float32):
+        for interleaved in (False, True):
+            pairing = "neighbours" if interleaved else "halves"
+            yield Case(
+                "rotary",
+                f"routed, {short(dtype)}, 8×4096×32×128, {pairing}",
+                partial(rotate, dtype, interleaved),
+            )
+
+
+def rotate(dtype: torch.dtype, interleaved: bool) -> None:
+    batch, seqlen, heads, head_dim = 8, 4096, 32, 128
+    x = meta(batch, seqlen, heads, head_dim, dtype=dtype)
+    angles = meta(seqlen, head_dim // 2, dtype=torch.float32)
+    kernels_of("rotary").forward(x, angles, angles, interleaved, *route_over(batch))
+
+
+def attentions() -> Iterator[Case]:
+    """(dtype, head_dim): every table of tiles, and head dims that fill no tile."""
+    half = [(torch.bfloat16, head_dim) for head_dim in (16, 64, 80, 128, 256)]
+    single = [(torch.float32, head_dim) for head_dim in (64, 128, 256)]
+    for dtype, head_dim in (*half, *single):
+        name = f"routed, {short(dtype)}, 4×4096×32×{head_dim}"
+        yield Case("flash_attention", name, partial(attend, dtype, head_dim))
+        name += ", window, softcap, ALiBi, dropout"
+        yield Case("flash_attention", name, partial(attend, dtype, head_dim, busy=True))
+    name = "routed, fp16, 4×4096×32×128, packed, window"
+    yield Case("flash_attention", name, partial(attend, torch.float16, 128, packed=True))
+
+
+def attend(dtype: torch.dtype, head_dim: int, packed: bool = False, busy: bool = False) -> None:
+    batch, seqlen, heads, kv_heads = 4, 4096, 32, 8
+    samples = (batch * seqlen,) if packed else (batch, seqlen)
+    q = meta(*samples, heads, head_dim, dtype=dtype)
+    k = meta(*samples, kv_heads, head_dim, dtype=dtype)
+    left, right = (1023, 0) if packed or busy else (-1, 0)
+    softcap, slopes, dropout_p, seed = 0.0, None, 0.0, None
+    if busy:
+        softcap, dropout_p = 30.0, 0.1
+        slopes, seed = meta(heads, dtype=torch.float32), meta(dtype=torch.int64)
+    bounds = meta(batch + 1, dtype=torch.int32) if packed else None
+    scoring = left, right, head_dim**-0.5, softcap, slopes, dropout_p, seed
+    options = *scoring, bounds, bounds, None, None, *route_over(batch)
+    kernels = kernels_of("flash_attention")
+    out, lse = kernels.forward(q, k, k, *options)
+    kernels.backward(out, lse if busy else None, q, k, k, out, lse, *options)
+
+
+def updates() -> Iterator[Case]:
+    for dtype in (torch.bfloat16, torch.float32):
+        for state in (16, 128):
+            name = f"routed, {short(dtype)}, 64×4096, state {state}"
+            yield Case("selective_state_update", name, partial(update_state, dtype, state))
+        for ring in (False, True):
+            name = f"routed, {short(dtype)}, 64×4096, width 4{', ring' if ring else ''}"
+            yield Case("causal_conv1d_update", name, partial(update_window, dtype, ring))
+
+
+def update_state(dtype: torch.dtype, states: int) -> None:
+    batch, dim, groups = 64, 4096, 1
+    x, state = meta(batch, dim, dtype=dtype), meta(batch, dim, states, dtype=torch.float32)
+    A, D = meta(dim, states, dtype=torch.float32), meta(dim, dtype=torch.float32)
+    B = meta(batch, groups, states, dtype=dtype)
+    kernels_of("selective_state_update").update(
+        state, x, x, A, B, B, D, x, D, True, *route_over(batch)
+    )
+
+
+def update_window(dtype: torch.dtype, ring: bool) -> None:
+    batch, dim, width = 64, 4096, 4
+    x, state = meta(batch, 1, dim, dtype=dtype), meta(batch, width, dim, dtype=dtype)
+    weight, bias = meta(dim, width, dtype=dtype), meta(dim, dtype=dtype)
+    places = meta(batch, dtype=torch.int32) if ring else None
+    kernels_of("causal_conv1d_update").update(
+        x, state, weight, bias, "silu", places, places, *route_over(batch)
+    )
+
+
+CASES: tuple[Case, ...] = (
+    *draws(),
+    *attentions(),
+    *scans(),
+    *convolutions(),
+    *rotations(),
+    *updates(),
+)

@@ -28,7 +28,7 @@ def test_the_snippets_of_the_readme_run():
     snippets = re.findall(
         r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
     )
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     for snippet in snippets:
         exec(snippet, names)
     assert names["router"].counts.sum() == 2 * 3 * 4

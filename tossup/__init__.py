@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .kernels.causal_conv1d import causal_conv1d
+    from .kernels.causal_conv1d_update import causal_conv1d_update
     from .kernels.flash_attention import flash_attention
     from .kernels.rotary import rotary, rotary_angles
     from .kernels.routing import MixerTable, Route, Strategy, draw
     from .kernels.selective_scan import selective_scan
+    from .kernels.selective_state_update import selective_state_update
     from .supernet.config import ModelConfig, StochasticMixerConfig
     from .supernet.conversion import load_checkpoint, save_checkpoint
     from .supernet.mixers import Attention, Mamba
@@ -35,6 +37,7 @@ _MODULES = {
     "Strategy": "kernels.routing",
     "SupernetModel": "supernet.model",
     "causal_conv1d": "kernels.causal_conv1d",
+    "causal_conv1d_update": "kernels.causal_conv1d_update",
     "clip_grad_norm": "supernet.optimizer",
     "draw": "kernels.routing",
     "flash_attention": "kernels.flash_attention",
@@ -44,6 +47,7 @@ _MODULES = {
     "rotary_angles": "kernels.rotary",
     "save_checkpoint": "supernet.conversion",
     "selective_scan": "kernels.selective_scan",
+    "selective_state_update": "kernels.selective_state_update",
 }
 
 __all__ = ["__version__", *_MODULES]

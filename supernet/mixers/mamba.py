@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.causal_conv1d import causal_conv1d
+from ...kernels.causal_conv1d_update import causal_conv1d_update
 from ...kernels.selective_scan import selective_scan
+from ...kernels.selective_state_update import selective_state_update
 from .cache import LayerCache, cache_of, single_layer
 from .packing import packing_of
 
@@ -258,8 +260,6 @@ def convolve(
 ) -> Tensor:
     weight = conv.weight.squeeze(1)
     if cache is not None and cache.updates("conv"):
-        from ...kernels.causal_conv1d_update import causal_conv1d_update
-
         return causal_conv1d_update(x, cache.states["conv"], weight, conv.bias, activation="silu")
     out, state = causal_conv1d(
         x,
@@ -288,8 +288,6 @@ def scan(
     A, D = -mixer.A_log.float().exp(), mixer.D.float()
     bias = None if mixer.dt_proj.bias is None else mixer.dt_proj.bias.float()
     if cache is not None and cache.updates("ssm"):
-        from ...kernels.selective_state_update import selective_state_update
-
         x, dt, B, C, z = (token.squeeze(1) for token in (x, dt, B, C, z))
         return selective_state_update(
             cache.states["ssm"], x, dt, A, B, C, D, z, bias, dt_softplus=True
