@@ -28,6 +28,9 @@ def attention(route: tossup.Route) -> None:
     bounds = torch.tensor([0, 1, 70, SEQLEN], dtype=torch.int32, device="cuda")
     q, k, v = (random(SEQLEN, HEADS, 64) for _ in range(3))
     backward(tossup.flash_attention(q, k, v, window_size=(9, 5), cu_seqlens_q=bounds))
+    slopes = torch.rand(HEADS, device="cuda")
+    options = dict(softcap=5.0, alibi_slopes=slopes, dropout_p=0.2, cu_seqlens_q=bounds)
+    backward(tossup.flash_attention(q, k, v, **options))
 
 
 def mamba(route: tossup.Route) -> None:
@@ -57,11 +60,25 @@ def positions(route: tossup.Route) -> None:
         backward(out[route.samples[: int(route.count)].long()])
 
 
+def decode(route: tossup.Route) -> None:
+    x, dt, z = (random(BATCH, DIM) for _ in range(3))
+    A, D = random(DIM, STATES, dtype=torch.float32), random(DIM, dtype=torch.float32)
+    B, C = (random(BATCH, 1, STATES) for _ in range(2))
+    state = torch.zeros(BATCH, DIM, STATES, device="cuda")
+    tossup.selective_state_update(
+        state, x, dt, -A.exp(), B, C, D, z, D, dt_softplus=True, route=route
+    )
+    taps, places = random(DIM, 4), torch.arange(BATCH, dtype=torch.int32, device="cuda")
+    for cache_seqlens in (None, places):
+        window = torch.zeros(BATCH, 5, DIM, dtype=x.dtype, device="cuda")
+        tossup.causal_conv1d_update(x, window, taps, cache_seqlens=cache_seqlens, route=route)
+
+
 def main() -> None:
     torch.manual_seed(0)
     strategy = tossup.Strategy(mixers=2, kind="full_layout", per_sample=True)
     table = tossup.draw(strategy, seed=0, step=0, layers=3, batch=BATCH, device="cuda")
-    for op in (attention, mamba, positions):
+    for op in (attention, mamba, positions, decode):
         for mixer in range(2):
             op(table.route(1, mixer))
     torch.cuda.synchronize()

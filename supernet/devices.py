@@ -1,5 +1,7 @@
 """The device that a configuration names."""
 
+import os
+
 import torch
 
 from ..kernels.backend import resolve_impl
@@ -22,9 +24,15 @@ def device_of(name: str) -> torch.device:
         backend = resolve_impl("auto", device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if backend != "reference" and (backend, device.type) != ("cpu", "cpu"):
+    runs_on = {"cpu": "cpu", "triton": "cpu" if interprets() else "cuda"}.get(backend, device.type)
+    if device.type != runs_on:
         raise ConfigError(
-            f"training.device: the mixers have no {backend} backend that runs on {name!r}; "
-            "take cpu, or set TOSSUP_IMPL=reference"
+            f"training.device: the mixers' {backend} backend runs on {runs_on}, got {name!r}; "
+            f"take {runs_on}, or set TOSSUP_IMPL"
         )
     return device
+
+
+def interprets() -> bool:
+    """Whether Triton interprets its kernels, on the CPU: for tests, and by far too slow else."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

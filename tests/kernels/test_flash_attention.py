@@ -297,7 +297,7 @@ def test_gradients_agree_with_finite_differences(seqlen_q, seqlen_k):
 
 @every_backend
 @settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

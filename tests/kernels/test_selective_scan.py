@@ -157,7 +157,7 @@ def test_float64_stays_float64():
 
 @every_backend
 @settings(
-    max_examples=20,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -183,11 +183,12 @@ def test_any_options(impl, without, softplus, packed, batch, seqlen, groups, hea
         starts = torch.rand(batch, seqlen, generator=torch.Generator().manual_seed(seed)) < 0.2
         options["seq_idx"] = starts.cumsum(1).int() % 3  # a number may come back
     ours, exact = run(tensors, impl, **options), run(doubled(tensors), "reference", **options)
-    if impl == "triton":
-        assert_within_budget(ours, exact, run(tensors, "reference", **options))
-        return
     for name in exact:
-        torch.testing.assert_close(ours[name], exact[name], rtol=1e-9, atol=1e-9)
+        tolerance = 1e-9 if impl == "cpu" else 2e-5
+        largest = max(exact[name].abs().max().item(), 1.0)
+        torch.testing.assert_close(
+            ours[name].double(), exact[name], rtol=0, atol=tolerance * largest
+        )
 
 
 @every_impl

@@ -422,12 +422,16 @@ def test_what_a_run_cannot_be_made_of_is_one_sentence(tmp_path, wrong, sentence)
         train(run_config(tmp_path, **wrong))
 
 
-@pytest.mark.parametrize("impl, sentence", [("triton", "no triton backend"), ("x", "TOSSUP_IMPL")])
+@pytest.mark.parametrize("impl, sentence", [("triton", "runs on cuda"), ("x", "TOSSUP_IMPL")])
 def test_a_device_takes_mixers_with_a_backend_for_it(monkeypatch, impl, sentence):
     monkeypatch.setenv("TOSSUP_IMPL", impl)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ConfigError, match=sentence):
         device_of("cpu")
     monkeypatch.setenv("TOSSUP_IMPL", "reference")
+    assert device_of("cpu") == torch.device("cpu")
+    monkeypatch.setenv("TOSSUP_IMPL", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert device_of("cpu") == torch.device("cpu")
 
 
