@@ -27,8 +27,8 @@ print(f"{torch.cuda.get_device_name()}, sm_{capability}, torch {torch.__version_
 PYTHON
 [ "${PIPESTATUS[0]}" = 0 ] || exit 1
 
-# These put their tensors on the GPU; the other tests hold the interpreter's on the CPU.
-run kernels 300 python3 -m pytest -q tests/kernels/test_all_ops.py tests/kernels/test_routing_kernel.py
+# Tests of Triton put their tensors on the GPU; the others run on the CPU.
+run kernels 400 python3 -m pytest -q --durations 20 tests/kernels
 for tool in memcheck racecheck initcheck; do
 	run "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 bench/sanitize.py
 done

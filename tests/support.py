@@ -1,9 +1,16 @@
-"""What many tests share: error budgets and hand-made routes."""
+"""What many tests share: implementations, error budgets, seeded numbers and hand-made routes."""
 
+import pytest
 import torch
 from torch import Tensor
 
 from tossup.kernels.routing import Route
+
+# The most exact dtype of every implementation: Triton takes no float64.
+EXACT = {"reference": torch.float64, "cpu": torch.float64, "triton": torch.float32}
+every_impl = pytest.mark.parametrize("impl", EXACT)
+every_backend = pytest.mark.parametrize("impl", ["cpu", "triton"])
+only_triton = pytest.mark.parametrize("impl", ["triton"])
 
 
 def budget(oracle: Tensor, same_precision: Tensor) -> float:
@@ -15,9 +22,13 @@ def budget(oracle: Tensor, same_precision: Tensor) -> float:
     return 2 * (error + torch.finfo(same_precision.dtype).eps * oracle.abs().max()).item()
 
 
-def route_of(*samples: int, batch: int, device: str = "cpu") -> Route:
+def seeded(seed: int) -> torch.Generator:
+    """Random numbers on the device where tensors are made by default."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def route_of(*samples: int, batch: int) -> Route:
     """A route over `samples`. What lies behind its count points far outside, so that use shows."""
     padded = torch.full((batch,), 10**6, dtype=torch.int32)
     padded[: len(samples)] = torch.tensor(samples, dtype=torch.int32)
-    count = torch.tensor(len(samples), dtype=torch.int32)
-    return Route(count.to(device), padded.to(device))
+    return Route(torch.tensor(len(samples), dtype=torch.int32), padded)

@@ -21,6 +21,17 @@ def poisoned_memory(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def device_of_triton(request):
+    """Tests of impl="triton" make their tensors on the GPU, where there is one."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if parameters.get("impl") == "triton" and torch.cuda.is_available():
+        with torch.device("cuda"):
+            yield
+    else:
+        yield
+
+
+@pytest.fixture(autouse=True)
 def fresh_compiler():
     """Cases of one test share its code, which torch compiles only so many times."""
     torch._dynamo.reset()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support import route_of
+from tests.support import EXACT, every_backend, only_triton, route_of, seeded
 from tossup.kernels.backend import load_backend, resolve_impl
 from tossup.kernels.causal_conv1d import causal_conv1d
 from tossup.kernels.flash_attention import flash_attention
@@ -17,10 +17,6 @@ from tossup.kernels.rotary import rotary, rotary_angles
 from tossup.kernels.selective_scan import selective_scan
 
 DIM = 8
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Triton runs on the GPU, where there is one; it takes no float64.
-BACKENDS = {"cpu": ("cpu", torch.float64), "triton": (DEVICE, torch.float32)}
-every_backend = pytest.mark.parametrize("impl", BACKENDS)
 
 
 def attend(x: Tensor, **options) -> tuple[Tensor, ...]:
@@ -32,8 +28,8 @@ def attend(x: Tensor, **options) -> tuple[Tensor, ...]:
 
 def scan(x: Tensor, **options) -> tuple[Tensor, ...]:
     states = x.unflatten(-1, (2, 4))
-    rates = -torch.arange(1.0, 33, device=x.device).view(DIM, 4) / 16
-    ones = torch.ones(DIM, device=x.device)
+    rates = -torch.arange(1.0, 33).view(DIM, 4) / 16
+    ones = torch.ones(DIM)
     first = x[:, :1].repeat(1, 4, 1).transpose(1, 2)
     return selective_scan(
         x, x, rates, states, states, ones, x, ones,
@@ -42,16 +38,16 @@ def scan(x: Tensor, **options) -> tuple[Tensor, ...]:
 
 
 def convolve(x: Tensor, **options) -> tuple[Tensor, ...]:
-    weight = torch.arange(4.0 * DIM, device=x.device).view(4, DIM).T.cos()
+    weight = torch.arange(4.0 * DIM).view(4, DIM).T.cos()
     before = x[:, :1].expand(-1, 3, -1)
     return causal_conv1d(
-        x, weight, torch.ones(DIM, device=x.device), activation="silu",
+        x, weight, torch.ones(DIM), activation="silu",
         initial_state=before, return_final_state=True, **options,
     )  # fmt: skip
 
 
 def turn(x: Tensor, **options) -> tuple[Tensor, ...]:
-    angles = rotary_angles(torch.arange(x.shape[1], device=x.device), 4)
+    angles = rotary_angles(torch.arange(x.shape[1]), 4)
     return (rotary(x.unflatten(-1, (2, 4)), *angles, **options),)
 
 
@@ -66,9 +62,8 @@ every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 every_result = pytest.mark.parametrize("op, result", [(OPS[o], n) for o, n in RESULTS])
 
 
-def random(*shape: int, dtype=torch.float64, device="cpu") -> Tensor:
-    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return numbers.to(device, dtype)
+def random(*shape: int, dtype=torch.float64) -> Tensor:
+    return torch.randn(shape, generator=seeded(0), dtype=torch.float64).to(dtype)
 
 
 def results_and_gradient(op, x: Tensor, **options) -> list[Tensor]:
@@ -93,8 +88,8 @@ VIEWS = {
 @every_backend
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_views_of_any_kind(op, impl, view):
-    device, dtype = BACKENDS[impl]
-    x = view(partial(random, device=device, dtype=dtype))
+    dtype = EXACT[impl]
+    x = view(partial(random, dtype=dtype))
     ours, expected = (results_and_gradient(op, x, impl=i) for i in (impl, "reference"))
     tolerance = 1e-7 if dtype == torch.float64 else 2e-4
     torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
@@ -108,9 +103,8 @@ def test_views_of_any_kind(op, impl, view):
     ids=["samples far apart", "tokens far apart"],
 )
 def test_offsets_that_only_64_bits_hold_of_strides_that_32_do(op, impl, shape, strides):
-    device, _ = BACKENDS[impl]
-    near = random(*shape, dtype=torch.bfloat16, device=device)
-    far = torch.empty_strided(shape, strides, dtype=near.dtype, device=device)  # hardly touched
+    near = random(*shape, dtype=torch.bfloat16)
+    far = torch.empty_strided(shape, strides, dtype=near.dtype)  # hardly touched
     ours, expected = (results_and_gradient(op, x, impl=impl) for x in (far.copy_(near), near))
     torch.testing.assert_close(ours, expected)
 
@@ -119,8 +113,7 @@ def test_offsets_that_only_64_bits_hold_of_strides_that_32_do(op, impl, shape, s
 @every_backend
 def test_results_lie_in_memory_as_traced(op, impl):
     """A compiled graph goes by the strides that the fake promised."""
-    device, _ = BACKENDS[impl]
-    x = random(3, DIM, 5, dtype=torch.float32, device=device).transpose(1, 2).requires_grad_()
+    x = random(3, DIM, 5, dtype=torch.float32).transpose(1, 2).requires_grad_()
     real = torch.compile(op, fullgraph=True, backend="aot_eager")(x, impl=impl)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         traced = op(mode.from_tensor(x), impl=impl)
@@ -133,12 +126,12 @@ def test_results_lie_in_memory_as_traced(op, impl):
 @every_backend
 @pytest.mark.parametrize("chosen", [None, (), (2,), (2, 0)])
 def test_gradients_of_one_result_alone(op, result, impl, chosen):
-    device, dtype = BACKENDS[impl]
-    route = None if chosen is None else route_of(*chosen, batch=3, device=device)
+    dtype = EXACT[impl]
+    route = None if chosen is None else route_of(*chosen, batch=3)
     mine = list(range(3) if chosen is None else chosen)
     gradients = []
     for each in (impl, "reference"):
-        x = random(3, 5, DIM, dtype=dtype, device=device).requires_grad_()
+        x = random(3, 5, DIM, dtype=dtype).requires_grad_()
         out = op(x, impl=each, route=route)[result]
         (gradient,) = torch.autograd.grad(out[mine].square().sum(), x)
         gradients.append(gradient[mine])
@@ -149,11 +142,10 @@ def test_gradients_of_one_result_alone(op, result, impl, chosen):
 @pytest.mark.parametrize("result", [0, 1])
 @pytest.mark.parametrize("nobody", [False, True])
 def test_weights_of_nobody_get_zeros(result, nobody, impl):
-    device, _ = BACKENDS[impl]
-    route = route_of(batch=2, device=device) if nobody else None
-    x = random(2, 5, DIM, dtype=torch.float32, device=device)
+    route = route_of(batch=2) if nobody else None
+    x = random(2, 5, DIM, dtype=torch.float32)
     states = x.unflatten(-1, (2, 4))
-    rates = -torch.ones(DIM, 4, device=device).requires_grad_()
+    rates = -torch.ones(DIM, 4).requires_grad_()
     results = selective_scan(
         x, x.abs(), rates, states, states, return_final_state=True, route=route, impl=impl
     )
@@ -165,10 +157,9 @@ def test_weights_of_nobody_get_zeros(result, nobody, impl):
 @every_backend
 def test_half_precision_beside_float32_under_autocast(op, impl):
     """Linear layers hand out bfloat16 there, while parameters stay in float32."""
-    device, _ = BACKENDS[impl]
-    linear = torch.nn.Linear(DIM, DIM, device=device)
-    tokens = random(2, 5, DIM, dtype=torch.float32, device=device)
-    with torch.autocast(device, torch.bfloat16):
+    linear = torch.nn.Linear(DIM, DIM)
+    tokens = random(2, 5, DIM, dtype=torch.float32)
+    with torch.autocast(tokens.device.type, torch.bfloat16):
         x = linear(tokens)
         results = op(x, impl=impl)
         sum(result.float().sum() for result in results).backward()
@@ -180,11 +171,10 @@ def test_half_precision_beside_float32_under_autocast(op, impl):
 
 @every_backend
 def test_parameters_keep_their_dtype_in_gradients(impl):
-    device, _ = BACKENDS[impl]
-    x = random(2, 5, DIM, dtype=torch.bfloat16, device=device).requires_grad_()
+    x = random(2, 5, DIM, dtype=torch.bfloat16).requires_grad_()
     states = x.unflatten(-1, (2, 4))
     weights = [torch.ones(DIM, 4), torch.ones(DIM), -torch.ones(DIM, 4), *torch.ones(2, DIM)]
-    taps, bias, rates, skip, step_bias = (w.to(device).requires_grad_() for w in weights)
+    taps, bias, rates, skip, step_bias = (w.requires_grad_() for w in weights)
     convolved = causal_conv1d(x, taps, bias, activation="silu", impl=impl)
     out = selective_scan(
         convolved, x, rates, states, states, skip, x, step_bias, delta_softplus=True, impl=impl
@@ -198,18 +188,18 @@ def test_parameters_keep_their_dtype_in_gradients(impl):
 @every_op
 @every_backend
 def test_compiles_for_any_length_with_the_implementation_left_open(op, impl, monkeypatch):
-    device, _ = BACKENDS[impl]
     monkeypatch.setenv("TOSSUP_IMPL", impl)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=True)
     for seqlen in (3, 17, 40):
-        x = random(2, seqlen, DIM, dtype=torch.float32, device=device)
+        x = random(2, seqlen, DIM, dtype=torch.float32)
         torch.testing.assert_close(compiled(x), op(x))
 
 
 @every_op
-def test_triton_refuses_float64_in_a_sentence(op):
+@only_triton
+def test_triton_refuses_float64_in_a_sentence(op, impl):
     with pytest.raises(ValueError, match="float64 runs with impl='cpu' or 'reference'"):
-        op(random(1, 2, DIM, device=DEVICE), impl="triton")
+        op(random(1, 2, DIM), impl=impl)
 
 
 def test_an_op_without_a_backend_says_so_and_never_falls_back(tmp_path, monkeypatch):

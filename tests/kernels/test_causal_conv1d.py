@@ -7,13 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.support import budget, route_of
+from tests.support import EXACT, budget, every_backend, every_impl, route_of, seeded
 from tossup.kernels.causal_conv1d import causal_conv1d
 
-# Triton takes no float64.
-EXACT = {"reference": torch.float64, "cpu": torch.float64, "triton": torch.float32}
-every_impl = pytest.mark.parametrize("impl", EXACT)
-every_backend = pytest.mark.parametrize("impl", ["cpu", "triton"])
 NAMES = ("x", "weight", "bias", "initial_state")
 
 
@@ -21,7 +17,7 @@ def make(
     batch=2, seqlen=11, dim=7, width=4, dtype=torch.float32, without=(), seed=0
 ) -> dict[str, Tensor]:
     """Random inputs, all but `without`. x is a view."""
-    random = torch.Generator().manual_seed(seed)
+    random = seeded(seed)
 
     def normal(*shape):
         return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
@@ -117,7 +113,7 @@ def test_any_options(
         tensors["x"] = tensors["x"].transpose(1, 2).contiguous().transpose(1, 2)
     options = {"activation": activation}
     if packed:
-        starts = torch.rand(batch, seqlen, generator=torch.Generator().manual_seed(seed)) < 0.3
+        starts = torch.rand(batch, seqlen, generator=seeded(seed)) < 0.3
         options["seq_idx"] = starts.cumsum(1).int() % 3  # a number may come back
     assert_close(run(tensors, impl, **options), run(doubled(tensors), "reference", **options))
 

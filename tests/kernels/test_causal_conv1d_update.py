@@ -7,21 +7,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.support import budget, route_of
+from tests.support import EXACT, budget, every_backend, every_impl, only_triton, route_of, seeded
 from tossup.kernels.causal_conv1d import causal_conv1d
 from tossup.kernels.causal_conv1d_update import causal_conv1d_update
-
-# Triton takes no float64.
-EXACT = {"reference": torch.float64, "cpu": torch.float64, "triton": torch.float32}
-every_impl = pytest.mark.parametrize("impl", EXACT)
-every_backend = pytest.mark.parametrize("impl", ["cpu", "triton"])
 
 
 def make(
     batch=3, seqlen=2, dim=7, width=4, state_len=3, entries=None, dtype=torch.float32, seed=0
 ) -> dict[str, Tensor]:
     """Random inputs. x and conv_state are views."""
-    random = torch.Generator().manual_seed(seed)
+    random = seeded(seed)
 
     def normal(*shape):
         return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
@@ -186,9 +181,10 @@ def test_compiles_as_one_graph(impl):
     assert torch.equal(state, again)
 
 
-def test_triton_refuses_float64_in_a_sentence():
+@only_triton
+def test_triton_refuses_float64_in_a_sentence(impl):
     with pytest.raises(ValueError, match="float64 runs with impl='cpu' or 'reference'"):
-        run(make(dtype=torch.float64), "triton")
+        run(make(dtype=torch.float64), impl)
 
 
 INDICES = torch.zeros(3, dtype=torch.int32)

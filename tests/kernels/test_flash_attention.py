@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from transformers.masking_utils import sliding_window_causal_mask_function
@@ -14,13 +15,9 @@ from transformers.models.gemma2.modeling_gemma2 import (
 )
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from tests.support import budget, route_of
+from tests.support import EXACT, budget, every_backend, every_impl, only_triton, route_of
 from tossup.kernels.flash_attention import flash_attention, kernel
 
-# Triton takes no float64.
-EXACT = {"reference": torch.float64, "cpu": torch.float64, "triton": torch.float32}
-every_impl = pytest.mark.parametrize("impl", EXACT)
-every_backend = pytest.mark.parametrize("impl", ["cpu", "triton"])
 WINDOWS = [(-1, -1), (-1, 0), (0, 0), (2, 0), (-1, 3), (3, 1), (0, -1), (100, 100)]
 SLOPES = torch.tensor([0.25, 0.0625, 0.5, 0.125])
 SEED = torch.tensor(3 * 2**40 + 11)
@@ -42,6 +39,7 @@ def tensors(batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim, dtype=torch.fl
 
 def run(inputs, dout, dlse, **options):
     """out, lse, dq, dk, dv; the gradient of lse in q's layout, None to leave lse out."""
+    options = {n: o.to(dout.device) if isinstance(o, Tensor) else o for n, o in options.items()}
     out, lse = flash_attention(*inputs, return_lse=True, **options)
     if dlse is None:
         return out, lse, *torch.autograd.grad(out, inputs, dout)
@@ -435,14 +433,15 @@ def test_packed_sequences_do_not_see_each_other(impl, longest, with_lse, chosen)
         assert dk[~written_k].isnan().all() and dv[~written_k].isnan().all()
 
 
+@only_triton
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("busy", [False, True])
-def test_tiles_of_every_architecture_agree_with_float64(arch, dtype, busy, monkeypatch):
+def test_tiles_of_every_architecture_agree_with_float64(impl, arch, dtype, busy, monkeypatch):
     monkeypatch.setattr(kernel, "arch", lambda: arch)
     inputs, dout, dlse = tensors(1, 150, 200, 2, 1, 72, dtype)
     options = dict(causal=True, window_size=(130, 0), softcap=3.0 if busy else 0.0)
-    ours = run(inputs, dout, dlse, impl="triton", **options)
+    ours = run(inputs, dout, dlse, impl=impl, **options)
     same = run(inputs, dout, dlse, impl="reference", **options)
     wide = [x.detach().double().requires_grad_() for x in inputs]
     exact = run(wide, dout.double(), dlse.double(), impl="reference", **options)
@@ -470,7 +469,12 @@ def cases():
         "packed": (flat, dict(cu_seqlens_q=packed, window_size=(2, 1))),
         "softcap, ALiBi and dropout": (
             dense,
-            dict(softcap=2.0, alibi_slopes=SLOPES, dropout_p=0.5, dropout_seed=SEED),
+            dict(
+                softcap=2.0,
+                alibi_slopes=SLOPES.to(dense[0].device),
+                dropout_p=0.5,
+                dropout_seed=SEED.to(dense[0].device),
+            ),
         ),
         "packed and routed": (flat, dict(cu_seqlens_q=packed, route=route)),
     }

@@ -5,13 +5,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from tests.support import budget, route_of
+from tests.support import EXACT, budget, every_backend, every_impl, route_of
 from tossup.kernels.rotary import rotary, rotary_angles
-
-# Triton takes no float64.
-EXACT = {"reference": torch.float64, "cpu": torch.float64, "triton": torch.float32}
-every_impl = pytest.mark.parametrize("impl", EXACT)
-every_backend = pytest.mark.parametrize("impl", ["cpu", "triton"])
 
 
 def inputs_of(batch, seqlen, heads, head_dim, rotary_dim, dtype=torch.float32, per_sample=False):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support import route_of
+from tests.support import every_impl, route_of
 from tossup.kernels.routing import MixerTable, Strategy, draw, put, rows_of, take
 from tossup.kernels.routing.cpu import philox_words
 from tossup.kernels.routing.reference import philox4x32
@@ -51,7 +51,7 @@ def brute_force_plan(table: torch.Tensor, mixers: int) -> list[list[list[int]]]:
     return [[[b for b, m in enumerate(row) if m == k] for k in range(mixers)] for row in table]
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@every_impl
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("batch", [1, 7, 32])
 def test_plan_lists_every_sample_once(impl, per_sample, batch):
@@ -95,7 +95,7 @@ def test_take_and_put_move_the_rows_of_a_route():
     assert torch.equal(placed[[1, 3]], x[[1, 3]]) and placed[[0, 2]].isnan().all()
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@every_impl
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("kind", ["uniform", "full_layout", "sandwich"])
 def test_a_stage_draws_its_rows_of_the_whole_table(impl, per_sample, kind):
@@ -127,7 +127,7 @@ print(draw(Strategy(5, "full_layout", per_sample=True), 3, 2**40, 6, 9, impl="cp
     assert json.loads(rank.stdout) == ours.table.tolist()
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@every_impl
 def test_seed_and_step_are_taken_modulo_64_bits(impl):
     strategy = Strategy(5, "sandwich", per_sample=True)
     for step in (2**40 + 7, 2**64 - 1, -3):
@@ -137,7 +137,7 @@ def test_seed_and_step_are_taken_modulo_64_bits(impl):
             assert torch.equal(draw(strategy, seed, same, 4, 6, impl=impl).table, expected.table)
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@every_impl
 def test_a_word_on_a_threshold_belongs_to_the_next_choice(impl):
     for counter, layouts in [((3, 0, 0, 0), ()), ((3, 0, 2**31, 0), ((0,), (1,)))]:
         word = philox4x32(counter, (5, 0))[0]
@@ -151,7 +151,7 @@ def test_a_word_on_a_threshold_belongs_to_the_next_choice(impl):
             assert draw(strategy, 5, 3, 1, 1, impl=impl).table.item() == mixer
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@every_impl
 def test_all_bits_of_seed_and_step_matter(impl):
     tables = [
         draw(Strategy(7), seed, step, 8, 1, impl=impl).table.flatten().tolist()
@@ -160,7 +160,7 @@ def test_all_bits_of_seed_and_step_matter(impl):
     assert len(set(map(tuple, tables))) == len(tables)
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@every_impl
 def test_sandwich_cycles_over_steps_and_samples(impl):
     strategy = Strategy(4, "sandwich", main=2, cheapest=3, per_sample=True)
     for step in (0, 1, 2, 2**63, -1):  # 2⁶³ is 2 modulo 3, and −1 is 2⁶⁴ − 1, which is 0

@@ -7,14 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.oracles import selective_state_update_ref
-from tests.support import budget, route_of
+from tests.support import EXACT, budget, every_backend, every_impl, only_triton, route_of, seeded
 from tossup.kernels.selective_scan import selective_scan
 from tossup.kernels.selective_state_update import selective_state_update
 
-# Triton takes no float64.
-EXACT = {"reference": torch.float64, "cpu": torch.float64, "triton": torch.float32}
-every_impl = pytest.mark.parametrize("impl", EXACT)
-every_backend = pytest.mark.parametrize("impl", ["cpu", "triton"])
 WEIGHTS = ("state", "A", "D", "dt_bias")  # kept in float32 beside half-precision tokens
 
 
@@ -22,7 +18,7 @@ def make(
     batch=2, dim=12, states=5, groups=(1, 1), dtype=torch.float32, without=(), seed=0
 ) -> dict[str, Tensor]:
     """Random inputs, all but `without`. state, x and z are views."""
-    random = torch.Generator().manual_seed(seed)
+    random = seeded(seed)
 
     def normal(*shape):
         return torch.randn(*shape, generator=random, dtype=torch.float64)
@@ -201,9 +197,10 @@ def test_compiles_as_one_graph(impl):
     torch.testing.assert_close(state, run(tensors, impl)[1])
 
 
-def test_triton_refuses_float64_in_a_sentence():
+@only_triton
+def test_triton_refuses_float64_in_a_sentence(impl):
     with pytest.raises(ValueError, match="float64 runs with impl='cpu' or 'reference'"):
-        run(make(dtype=torch.float64), "triton")
+        run(make(dtype=torch.float64), impl)
 
 
 @pytest.mark.parametrize(
