@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import os
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -44,3 +44,12 @@ def load_backend(package: str, impl: str) -> ModuleType:
             f"{op} has no {impl} backend; pass impl='reference', or 'cpu' on the CPU"
         )
     return importlib.import_module(f"{package}.{name}")
+
+
+def call_backend(package: str, impl: str, function: str, first: torch.Tensor, *others: Any) -> Any:
+    """Call a backend's function on the GPU that holds its first argument.
+
+    Triton launches on the current device, whichever its tensors are on.
+    """
+    with torch.cuda.device_of(first):
+        return getattr(load_backend(package, impl), function)(first, *others)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backend import load_backend
+from ..backend import call_backend
 from ..routing import snapshot
 
 
@@ -19,9 +19,10 @@ def causal_conv1d_op(
     activation: str | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return load_backend(__package__, impl).forward(
+    return call_backend(
+        __package__, impl, "forward",
         x, weight, bias, initial_state, seq_idx, count, samples, activation
-    )
+    )  # fmt: skip
 
 
 @causal_conv1d_op.register_fake
@@ -44,9 +45,10 @@ def causal_conv1d_backward_op(
     impl: str,
 ) -> list[Tensor]:
     """The gradients of x to initial_state, empty for those that are None."""
-    gradients = load_backend(__package__, impl).backward(
+    gradients = call_backend(
+        __package__, impl, "backward",
         dout, dfinal_state, x, weight, bias, initial_state, seq_idx, count, samples, activation
-    )
+    )  # fmt: skip
     return [dout.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 

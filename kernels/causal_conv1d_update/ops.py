@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backend import load_backend
+from ..backend import call_backend
 
 
 @torch.library.custom_op("tossup::causal_conv1d_update", mutates_args=("conv_state",))
@@ -19,9 +19,10 @@ def causal_conv1d_update_op(
     samples: Tensor | None,
     impl: str,
 ) -> Tensor:
-    return load_backend(__package__, impl).update(
+    return call_backend(
+        __package__, impl, "update",
         x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices, count, samples
-    )
+    )  # fmt: skip
 
 
 @causal_conv1d_update_op.register_fake

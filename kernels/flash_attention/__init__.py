@@ -83,6 +83,8 @@ def flash_attention(
         )
     if not 0 <= softcap < float("inf"):
         raise ValueError(f"softcap must be 0 or a positive number, got {softcap}")
+    if cu_seqlens_q is None and (max_seqlen_q, max_seqlen_k) != (None, None):
+        raise ValueError("max_seqlen_q and max_seqlen_k must come with cu_seqlens_q")
     check_slopes(q, alibi_slopes, cu_seqlens_q)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
@@ -95,7 +97,8 @@ def flash_attention(
             "dropout_seed must be int64 of shape (),"
             f" got {dropout_seed.dtype} of shape {tuple(dropout_seed.shape)}"
         )
-    left, right = window_size
+    # No sequence is longer, and positions plus sides stay within int32
+    left, right = (min(side, 2**30) for side in window_size)
     right = 0 if causal else right
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if cu_seqlens_k is None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backend import load_backend
+from ..backend import call_backend
 from ..precision import wide
 from ..routing import snapshot
 
@@ -28,7 +28,8 @@ def flash_attention_op(
     samples: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return load_backend(__package__, impl).forward(
+    return call_backend(
+        __package__, impl, "forward",
         q, k, v, left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed,
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, count, samples,
     )  # fmt: skip
@@ -64,7 +65,8 @@ def flash_attention_backward_op(
     samples: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return load_backend(__package__, impl).backward(
+    return call_backend(
+        __package__, impl, "backward",
         dout, dlse, q, k, v, out, lse, left, right, scale, softcap, alibi_slopes, dropout_p,
         dropout_seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, count, samples,
     )  # fmt: skip

@@ -66,14 +66,15 @@ def forward(
     refuse_float64(x=x)
     batch, seqlen, heads, head_dim = x.shape
     half = cos.shape[-1]
-    block = triton.next_power_of_2(half)
-    rows = max(1, 1024 // block)
+    rest = head_dim - 2 * half
+    block, block_rest = (triton.next_power_of_2(max(1, n)) for n in (half, rest))
+    rows = max(1, 1024 // max(block, block_rest))
     out = x.new_empty(x.shape)
     rotary_kernel[(triton.cdiv(seqlen * heads, rows), batch)](
         x, cos, sin, count, samples, out,
         seqlen, heads, x.stride(), out.stride(), angle_strides(cos), angle_strides(sin),
-        HALF=half, REST=head_dim - 2 * half, INTERLEAVED=interleaved,
-        ROWS=rows, BLOCK=block, BLOCK_REST=triton.next_power_of_2(max(1, head_dim - 2 * half)),
+        HALF=half, REST=rest, INTERLEAVED=interleaved,
+        ROWS=rows, BLOCK=block, BLOCK_REST=block_rest,
     )  # fmt: skip
     return out
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backend import load_backend
+from ..backend import call_backend
 from ..routing import snapshot
 
 
@@ -17,7 +17,7 @@ def rotary_op(
     samples: Tensor | None,
     impl: str,
 ) -> Tensor:
-    return load_backend(__package__, impl).forward(x, cos, sin, interleaved, count, samples)
+    return call_backend(__package__, impl, "forward", x, cos, sin, interleaved, count, samples)
 
 
 @rotary_op.register_fake

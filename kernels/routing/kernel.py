@@ -132,11 +132,12 @@ def draw(
         step = torch.full((), (step + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
     elif step.device != table.device:
         raise ValueError(f"step must be on the table's device, {table.device}, got {step.device}")
-    draw_kernel[(len(stage),)](
-        table, count, samples, step, *constants(strategy, table.device),
-        seed, stage.start, strategy.main, strategy.cheapest, batch,
-        MIXERS=strategy.mixers, LAYOUTS=len(strategy.layouts),
-        KIND=strategy.kind, PER_SAMPLE=strategy.per_sample,
-        **block_of(batch),
-    )  # fmt: skip
+    with torch.cuda.device_of(table):  # Triton launches on the current device
+        draw_kernel[(len(stage),)](
+            table, count, samples, step, *constants(strategy, table.device),
+            seed, stage.start, strategy.main, strategy.cheapest, batch,
+            MIXERS=strategy.mixers, LAYOUTS=len(strategy.layouts),
+            KIND=strategy.kind, PER_SAMPLE=strategy.per_sample,
+            **block_of(batch),
+        )  # fmt: skip
     return MixerTable(table, count, samples)

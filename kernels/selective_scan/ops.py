@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backend import load_backend
+from ..backend import call_backend
 from ..precision import wide
 from ..routing import snapshot
 
@@ -30,9 +30,10 @@ def selective_scan_op(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the final state, and the state before every chunk."""
-    return load_backend(__package__, impl).forward(
+    return call_backend(
+        __package__, impl, "forward",
         u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples, delta_softplus
-    )
+    )  # fmt: skip
 
 
 @selective_scan_op.register_fake
@@ -67,7 +68,8 @@ def selective_scan_backward_op(
     impl: str,
 ) -> list[Tensor]:
     """The gradients of u to initial_state, empty for those that are None."""
-    gradients = load_backend(__package__, impl).backward(
+    gradients = call_backend(
+        __package__, impl, "backward",
         dout, dfinal_state, kept,
         u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples, delta_softplus,
     )  # fmt: skip

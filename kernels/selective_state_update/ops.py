@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backend import load_backend
+from ..backend import call_backend
 
 
 @torch.library.custom_op("tossup::selective_state_update", mutates_args=("state",))
@@ -22,9 +22,10 @@ def selective_state_update_op(
     samples: Tensor | None,
     impl: str,
 ) -> Tensor:
-    return load_backend(__package__, impl).update(
+    return call_backend(
+        __package__, impl, "update",
         state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, count, samples
-    )
+    )  # fmt: skip
 
 
 @selective_state_update_op.register_fake

@@ -202,6 +202,22 @@ def test_triton_refuses_float64_in_a_sentence(op, impl):
         op(random(1, 2, DIM), impl=impl)
 
 
+@every_op
+def test_launches_go_to_the_device_of_the_tensors(op, monkeypatch):
+    """Triton launches on the current device, which may be another GPU than the tensors'."""
+    entered = []
+    context = torch.cuda.device_of
+
+    def device_of(tensor):
+        entered.append(tensor)
+        return context(tensor)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    x = random(2, 5, DIM)
+    results_and_gradient(op, x, impl="cpu")
+    assert len(entered) == 2 and all(tensor.device == x.device for tensor in entered)
+
+
 def test_an_op_without_a_backend_says_so_and_never_falls_back(tmp_path, monkeypatch):
     (tmp_path / "halfway").mkdir()
     (tmp_path / "halfway/__init__.py").touch()

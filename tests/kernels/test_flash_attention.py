@@ -19,6 +19,7 @@ from tests.support import EXACT, budget, every_backend, every_impl, only_triton,
 from tossup.kernels.flash_attention import flash_attention, kernel
 
 WINDOWS = [(-1, -1), (-1, 0), (0, 0), (2, 0), (-1, 3), (3, 1), (0, -1), (100, 100)]
+WINDOWS += [(2**31 - 1, 2**31 - 1)]
 SLOPES = torch.tensor([0.25, 0.0625, 0.5, 0.125])
 SEED = torch.tensor(3 * 2**40 + 11)
 PLAIN = dict(window_size=(-1, -1))
@@ -545,6 +546,7 @@ BOUNDS = torch.tensor([0, 2], dtype=torch.int32)
             r"dropout_seed must be int64 of shape \(\), got torch.float32 of shape \(1,\)",
         ),
         ([(1, 2, 4, 8)] * 3, dict(cu_seqlens_k=BOUNDS), "must come with cu_seqlens_q"),
+        ([(1, 2, 4, 8)] * 3, dict(max_seqlen_k=2), "must come with cu_seqlens_q"),
         ([(2, 4, 8)] * 3, dict(cu_seqlens_q=BOUNDS.long()), r"int32 \(sequences \+ 1,\)"),
         (
             [(2, 4, 8)] * 3,

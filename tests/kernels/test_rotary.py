@@ -35,7 +35,14 @@ def complex_rotation(x, cos, sin, interleaved):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", ["exact", torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 1, 2, 2), (2, 7, 3, 17, 10), (3, 130, 2, 40, 40), (2, 5, 2, 64, 16)]
+    "sizes",
+    [
+        (1, 1, 1, 2, 2),
+        (2, 7, 3, 17, 10),
+        (3, 130, 2, 40, 40),
+        (2, 5, 2, 64, 16),
+        (1, 3, 1, 2050, 2),  # a tile that fits the pairs by far does not fit the rest
+    ],
 )
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_agrees_with_complex_multiplication(impl, interleaved, dtype, sizes, per_sample):
