@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..precision import refuse_float64
 from ..routing.gate import active_sample
+from ..target import refuse_more_samples_than_programs
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -52,12 +53,12 @@ def update_kernel(
         before = place - (WIDTH - 1) + k
         if seqlens_ptr is not None:
             before = before % state_len
-        ptrs = state_ptrs + before * stride_state[1]
-        window += (tl.load(ptrs, mask=inside, other=0.0).to(tl.float32),)
+        of_state = state_ptrs + before * stride_state[1]
+        window += (tl.load(of_state, mask=inside, other=0.0).to(tl.float32),)
     taps = ()
     for k in tl.static_range(WIDTH):
-        ptrs = weight_ptr + channels * stride_weight[0] + k * stride_weight[1]
-        taps += (tl.load(ptrs, mask=inside, other=0.0).to(tl.float32),)
+        of_weight = weight_ptr + channels * stride_weight[0] + k * stride_weight[1]
+        taps += (tl.load(of_weight, mask=inside, other=0.0).to(tl.float32),)
     bias = tl.zeros([BLOCK_DIM], tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + channels * stride_bias, mask=inside, other=0.0).to(tl.float32)
@@ -65,8 +66,8 @@ def update_kernel(
     while t < seqlen:
         token = tl.load(x_ptrs + t * stride_x[1], mask=inside, other=0.0).to(held)
         if seqlens_ptr is not None:
-            ptrs = state_ptrs + (place + t) % state_len * stride_state[1]
-            tl.store(ptrs, token, mask=inside)
+            slot = state_ptrs + (place + t) % state_len * stride_state[1]
+            tl.store(slot, token, mask=inside)
         token = token.to(tl.float32)
         y = bias + token * taps[WIDTH - 1]
         for k in tl.static_range(WIDTH - 1):
@@ -80,13 +81,13 @@ def update_kernel(
     if seqlens_ptr is None:
         kept = t * 0
         while kept + seqlen < state_len:  # each place takes from one behind it, so none is lost
-            ptrs = state_ptrs + (kept + seqlen) * stride_state[1]
-            old = tl.load(ptrs, mask=inside, other=0.0)
+            behind = state_ptrs + (kept + seqlen) * stride_state[1]
+            old = tl.load(behind, mask=inside, other=0.0)
             tl.store(state_ptrs + kept * stride_state[1], old, mask=inside)
             kept += 1
         while kept < state_len:
-            ptrs = x_ptrs + (kept + seqlen - state_len) * stride_x[1]
-            new = tl.load(ptrs, mask=inside, other=0.0).to(held)
+            arriving = x_ptrs + (kept + seqlen - state_len) * stride_x[1]
+            new = tl.load(arriving, mask=inside, other=0.0).to(held)
             tl.store(state_ptrs + kept * stride_state[1], new, mask=inside)
             kept += 1
 
@@ -95,6 +96,7 @@ def update(
     x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices, count, samples
 ) -> Tensor:
     refuse_float64(x=x, conv_state=conv_state, weight=weight, bias=bias)
+    refuse_more_samples_than_programs(len(x))
     batch, seqlen, dim = x.shape
     block = min(256, triton.next_power_of_2(dim))
     out = x.new_empty(x.shape)

@@ -1,9 +1,9 @@
 """causal-conv1d's functions on Tossup's ops.
 
 Layouts are upstream's, (batch, dim, seqlen); what passes through is transposed as a view, so
-nothing is copied in either layout, and results lie in memory as the inputs do. Where upstream
-refuses a combination that our ops know (a final state in a channel-first layout or with seq_idx,
-other dtypes), it runs here.
+nothing is copied in either layout; results lie in memory with channels last, whatever the inputs
+do. Where upstream refuses a combination that our ops know (a final state in a channel-first layout
+or with seq_idx, other dtypes), it runs here.
 """
 
 from typing import Literal
@@ -29,7 +29,8 @@ def causal_conv1d_fn(
     """Causal depthwise convolution, as `tossup.causal_conv1d`.
 
     x: (batch, dim, seqlen), any strides. weight: (dim, width), width 2 to 4. bias: (dim,).
-    seq_idx: (batch, seqlen), integers: the packed sequence of each token. Tokens with a negative
+    seq_idx: (batch, seqlen), integers: the packed sequence of each token, which ends wherever it
+        changes; upstream lets one go on that comes back within the width. Tokens with a negative
         one are padding, and give zeros.
     initial_states: (batch, dim, width - 1), the inputs before x. Differentiable.
     return_final_states: return (out, final_states) instead of out, final_states (batch, dim,

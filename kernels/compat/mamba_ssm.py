@@ -1,8 +1,8 @@
 """mamba-ssm's functions for Mamba-1, and its one-step update for Mamba-1 and Mamba-2.
 
 Layouts are upstream's, (batch, dim, seqlen). They are transposed as views, so that nothing is
-copied in either layout, and results lie in memory as the inputs do. Upstream makes a channel-last
-xz contiguous first; nothing here needs that.
+copied in either layout; results lie in memory with channels last, whatever the inputs do. Upstream
+makes a channel-last xz contiguous first; nothing here needs that.
 """
 
 from typing import cast
@@ -188,7 +188,7 @@ def selective_state_update(
         first = valid.int().argmax()
         source = torch.where(valid, torch.arange(len(valid), device=valid.device), first)
         rows.index_copy_(0, entries[source], after[source])
-    if state.ndim == 4 and state.stride(1) != state.shape[2] * state.stride(2):
+    if rows.data_ptr() != state.data_ptr():  # the two could not be one view
         state.copy_(rows.view(state.shape))
     return out.view(shape)
 

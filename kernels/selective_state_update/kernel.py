@@ -13,6 +13,7 @@ from torch import Tensor
 from ..precision import refuse_float64
 from ..routing.gate import active_sample
 from ..selective_scan.tiles import LOG2_E, sigmoid, softplus
+from ..target import refuse_more_samples_than_programs
 
 
 @triton.jit
@@ -69,6 +70,7 @@ def update_kernel(
 
 def update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, count, samples) -> Tensor:
     refuse_float64(state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
+    refuse_more_samples_than_programs(len(x))
     batch, dim, n = state.shape
     states = triton.next_power_of_2(n)
     block = max(1, 2048 // states)

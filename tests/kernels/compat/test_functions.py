@@ -163,6 +163,18 @@ def test_selective_state_update_agrees_with_mamba_ssm(heads, groups):
     assert (out[1] == 0).all() and torch.equal(many[[0, 1, 3, 5]], before[[0, 1, 3, 5]])
 
 
+def test_selective_state_update_of_one_head_whose_stride_says_nothing():
+    """Flattening heads that are one is a view whatever their stride, so nothing is copied back."""
+    state = normal(2, 4, 1, 3).transpose(1, 2)
+    inputs = [normal(2, 1, 4), normal(2, 1, 4, seed=1), -normal(1, 4, 3).exp()]
+    inputs += [normal(2, 1, 3), normal(2, 1, 3, seed=3)]
+    ours, theirs = state.clone(memory_format=torch.preserve_format), state.clone()
+    assert ours.stride() == state.stride()
+    out = compat.selective_state_update(ours, *inputs)
+    torch.testing.assert_close(out, selective_state_update_ref(theirs, *inputs))
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("channel_last", [False, True])
 @pytest.mark.parametrize("activation", [None, "silu", "swish"])
 def test_causal_conv1d_fn_agrees_with_torch(channel_last, activation):
