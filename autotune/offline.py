@@ -28,6 +28,9 @@ from triton.runtime.cache import get_cache_manager
 # Specifications per Compute Capability").
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
+# Programs that a grid may have along each axis (the same table)
+MOST_PROGRAMS = (2**31 - 1, 65535, 65535)
+
 TENSOR_CORES = ("HGMMA", "HMMA", "UTCHMMA", "IMMA", "QGMMA")
 GLOBAL_LOADS = ("LDG", "LDGSTS", "UTMALDG", "UBLKCP")
 LOCAL_MEMORY = ("LDL", "STL")
@@ -105,7 +108,8 @@ class Launch:
 
     @property
     def fits(self) -> bool:
-        return self.shared <= SHARED_MEMORY[self.arch]
+        programs = all(n <= most for n, most in zip(self.grid, MOST_PROGRAMS, strict=True))
+        return programs and self.shared <= SHARED_MEMORY[self.arch]
 
 
 def compile_launches(launch: Callable[[], Any], arch: int) -> list[Launch]:

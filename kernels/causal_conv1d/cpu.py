@@ -43,23 +43,23 @@ def convolve(inputs: Tensor, taps: Tensor, bias: Tensor | None, foreign: list[Te
     return out if bias is None else out.add_(bias.to(out.dtype))
 
 
-def forward(x, weight, bias, initial_state, seq_idx, count, samples, activation):
+def forward(x, weight, bias, initial_state, seq_idx, count, samples, activation, out=None):
     rows = rows_of(count, samples)
     inputs, taps, foreign = operands(x, weight, initial_state, seq_idx, rows)
-    out = convolve(inputs, taps, bias, foreign)
+    y = convolve(inputs, taps, bias, foreign)
     if activation == "silu":
-        out = F.silu(out, inplace=True)
+        y = F.silu(y, inplace=True)
     final_state = inputs[:, x.shape[1] :]
     if foreign is not None:
         final_state = final_state.masked_fill(foreign[-1], 0.0)
     return (
-        place(rows, out, len(x), x.dtype),
+        place(rows, y, len(x), x.dtype, into=out),
         place(rows, final_state, len(x), x.dtype, copy=True),
     )
 
 
 def backward(
-    dout, dfinal_state, x, weight, bias, initial_state, seq_idx, count, samples, activation
+    dout, dfinal_state, x, weight, bias, initial_state, seq_idx, count, samples, activation, dx=None
 ):
     rows = rows_of(count, samples)
     inputs, taps, foreign = operands(x, weight, initial_state, seq_idx, rows)
@@ -81,7 +81,7 @@ def backward(
     if initial_state is not None:
         dinitial_state = place(rows, dinputs[:, :past], len(x), initial_state.dtype, copy=True)
     return (
-        place(rows, dinputs[:, past:], len(x), x.dtype, copy=True),
+        place(rows, dinputs[:, past:], len(x), x.dtype, copy=True, into=dx),
         dtaps.T.contiguous().to(weight.dtype),
         None if bias is None else dy.sum((0, 1)).to(bias.dtype),
         dinitial_state,

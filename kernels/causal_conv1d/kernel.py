@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..precision import refuse_float64
 from ..routing.gate import active_sample
+from ..target import refuse_more_samples_than_programs
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -76,18 +77,18 @@ def sigmoid(x):
 def forward_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, seq_idx_ptr, count_ptr, samples_ptr,
     out_ptr, final_state_ptr,
-    seqlen, dim, stride_x, stride_weight, stride_bias, stride_state, stride_seq,
+    seqlen, dim, stride_x, stride_weight, stride_bias, stride_state, stride_seq, stride_out,
     SILU: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """out: (batch, seqlen, dim), and final_state: (batch, WIDTH - 1, dim), are contiguous.
+    """stride_out: (batch, token, channel). final_state: (batch, WIDTH - 1, dim), contiguous.
 
     The last program of a row of tiles also writes the final state.
     """
     sample = active_sample(count_ptr, samples_ptr, tl.program_id(2))
     if sample < 0:
         return
-    t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    channels = tl.program_id(0).to(tl.int64) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    channels = tl.program_id(1).to(tl.int64) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     inside = channels < dim
     taps, bias = load_taps(
         weight_ptr, bias_ptr, stride_weight, stride_bias, channels, inside, WIDTH
@@ -108,11 +109,12 @@ def forward_kernel(
         y += x * taps[back][None, :]
     if SILU:
         y *= sigmoid(y)
-    out = out_ptr + (sample * seqlen + t[:, None]) * dim + channels[None, :]
+    out = out_ptr + sample * stride_out[0] + t[:, None] * stride_out[1]
+    out += channels[None, :] * stride_out[2]
     there = (t < seqlen)[:, None] & inside[None, :]
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=there)
 
-    if tl.program_id(1) == tl.num_programs(1) - 1:
+    if tl.program_id(0) == tl.num_programs(0) - 1:
         PLACES: tl.constexpr = 4  # WIDTH - 1, as a power of two
         place = tl.arange(0, PLACES)
         token = seqlen + place.to(tl.int64) - (WIDTH - 1)
@@ -134,19 +136,19 @@ def backward_kernel(
     dout_ptr, dstate_ptr, x_ptr, weight_ptr, bias_ptr, state_ptr, seq_idx_ptr,
     count_ptr, samples_ptr, dx_ptr, dinitial_ptr, shares_ptr,
     seqlen, dim, stride_dout, stride_dstate, stride_x, stride_weight, stride_bias, stride_state,
-    stride_seq,
+    stride_seq, stride_dx,
     SILU: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of the input, whose first rows are those before token 0.
 
-    dx, dinitial_state: contiguous. shares: (places, tiles, WIDTH + 1, dim), float32: of the taps,
+    dinitial_state: contiguous. shares: (places, tiles, WIDTH + 1, dim), float32: of the taps,
     the current token's first, and of the bias.
     """
     sample = active_sample(count_ptr, samples_ptr, tl.program_id(2))
     if sample < 0:
         return
-    t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T) - (WIDTH - 1)
-    channels = tl.program_id(0).to(tl.int64) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T) - (WIDTH - 1)
+    channels = tl.program_id(1).to(tl.int64) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     inside = channels < dim
     taps, bias = load_taps(
         weight_ptr, bias_ptr, stride_weight, stride_bias, channels, inside, WIDTH
@@ -167,7 +169,7 @@ def backward_kernel(
 
     dinputs = tl.zeros([BLOCK_T, BLOCK_DIM], tl.float32)
     shares_ptr += (
-        (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (WIDTH + 1) * dim
+        (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (WIDTH + 1) * dim
     )
     reached = t < seqlen  # tokens of one sequence from t on to t + ahead
     for ahead in tl.static_range(WIDTH):
@@ -216,7 +218,8 @@ def backward_kernel(
         dinputs += dstate
 
     there = ((t >= 0) & (t < seqlen))[:, None] & inside[None, :]
-    dx = dx_ptr + (sample * seqlen + t[:, None]) * dim + channels[None, :]
+    dx = dx_ptr + sample * stride_dx[0] + t[:, None] * stride_dx[1]
+    dx += channels[None, :] * stride_dx[2]
     tl.store(dx, dinputs.to(dx_ptr.dtype.element_ty), mask=there)
     if dinitial_ptr is not None:
         there = (t < 0)[:, None] & inside[None, :]
@@ -236,38 +239,40 @@ def strides(tensor: Tensor | None, ndim: int) -> tuple[int, ...]:
     return (0,) * ndim if tensor is None else tensor.stride()
 
 
-def forward(x, weight, bias, initial_state, seq_idx, count, samples, activation):
+def forward(x, weight, bias, initial_state, seq_idx, count, samples, activation, out=None):
     refuse_float64(x=x, weight=weight, bias=bias, initial_state=initial_state)
+    refuse_more_samples_than_programs(len(x))
     batch, seqlen, dim = x.shape
     width = weight.shape[1]
-    out = x.new_empty(x.shape)
+    out = x.new_empty(x.shape) if out is None else out
     final_state = x.new_empty((batch, width - 1, dim))
     options = configure(x, 32)
-    grid = (triton.cdiv(dim, options["BLOCK_DIM"]), triton.cdiv(seqlen, options["BLOCK_T"]), batch)
+    # Tiles of time come first, as only the first axis takes more than 65535 programs
+    grid = (triton.cdiv(seqlen, options["BLOCK_T"]), triton.cdiv(dim, options["BLOCK_DIM"]), batch)
     forward_kernel[grid](
         x, weight, bias, initial_state, seq_idx, count, samples, out, final_state,
         seqlen, dim, x.stride(), weight.stride(), *strides(bias, 1), strides(initial_state, 3),
-        strides(seq_idx, 2),
+        strides(seq_idx, 2), out.stride(),
         SILU=activation == "silu", WIDTH=width, **options,
     )  # fmt: skip
     return out, final_state
 
 
 def backward(
-    dout, dfinal_state, x, weight, bias, initial_state, seq_idx, count, samples, activation
+    dout, dfinal_state, x, weight, bias, initial_state, seq_idx, count, samples, activation, dx=None
 ):
     batch, seqlen, dim = x.shape
     width = weight.shape[1]
-    dx = x.new_empty(x.shape)
+    dx = x.new_empty(x.shape) if dx is None else dx
     dinitial_state = None if initial_state is None else initial_state.new_empty(initial_state.shape)
     options = configure(x, 16)
     tiles = triton.cdiv(seqlen + width - 1, options["BLOCK_T"])
     shares = x.new_empty((batch, tiles, width + 1, dim), dtype=torch.float32)
-    backward_kernel[(triton.cdiv(dim, options["BLOCK_DIM"]), tiles, batch)](
+    backward_kernel[(tiles, triton.cdiv(dim, options["BLOCK_DIM"]), batch)](
         dout, dfinal_state, x, weight, bias, initial_state, seq_idx, count, samples,
         dx, dinitial_state, shares,
         seqlen, dim, dout.stride(), strides(dfinal_state, 3), x.stride(), weight.stride(),
-        *strides(bias, 1), strides(initial_state, 3), strides(seq_idx, 2),
+        *strides(bias, 1), strides(initial_state, 3), strides(seq_idx, 2), dx.stride(),
         SILU=activation == "silu", WIDTH=width, **options,
     )  # fmt: skip
     if count is not None:  # places behind the route's last wrote nothing

@@ -58,6 +58,56 @@ def _(dout, dfinal_state, x, weight, bias, initial_state, *others):
     return [dout.new_empty(0) if t is None else t.new_empty(t.shape) for t in differentiable]
 
 
+@torch.library.custom_op("tossup::causal_conv1d_into", mutates_args=("out",))
+def causal_conv1d_into_op(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    count: Tensor | None,
+    samples: Tensor | None,
+    activation: str | None,
+    impl: str,
+) -> None:
+    """The forward pass into given memory of any strides."""
+    call_backend(
+        __package__, impl, "forward",
+        x, weight, bias, None, None, count, samples, activation, out
+    )  # fmt: skip
+
+
+@causal_conv1d_into_op.register_fake
+def _(out, *others):
+    return None
+
+
+@torch.library.custom_op("tossup::causal_conv1d_backward_into", mutates_args=("dx",))
+def causal_conv1d_backward_into_op(
+    dx: Tensor,
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    count: Tensor | None,
+    samples: Tensor | None,
+    activation: str | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of weight and bias, the latter empty if there is none; that of x into dx."""
+    _, dweight, dbias, _ = call_backend(
+        __package__, impl, "backward",
+        dout, None, x, weight, bias, None, None, count, samples, activation, dx
+    )  # fmt: skip
+    return dweight, dout.new_empty(0) if dbias is None else dbias
+
+
+@causal_conv1d_backward_into_op.register_fake
+def _(dx, dout, x, weight, bias, *others):
+    return weight.new_empty(weight.shape), dout.new_empty(0) if bias is None else bias.new_empty(
+        bias.shape
+    )
+
+
 def save_for_backward(ctx, inputs, output):
     *tensors, count, samples, activation, impl = inputs
     ctx.save_for_backward(*tensors, *snapshot(count, samples))

@@ -63,15 +63,16 @@ def gather_dq(
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "left", "right", "threshold"])
 def dq_kernel(
     dout_ptr, dlse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, slopes_ptr, seed_ptr,
-    cu_q_ptr, cu_k_ptr, count_ptr, samples_ptr, dq_ptr, delta_ptr,
+    cu_q_ptr, cu_k_ptr, count_ptr, samples_ptr, dq_ptr, base_ptr, delta_ptr,
     seqlen_q, seqlen_k, group, left, right, scale, softcap, threshold: tl.uint32, keep_scale,
     stride_dout, stride_dlse, stride_q, stride_k, stride_v, stride_slopes, stride_out, stride_lse,
+    stride_dq, stride_delta,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a tile of queries, and their Δ, which dkdv_kernel reads.
+    """dQ of a tile of queries; and their lse in units of log 2 and their Δ, for dkdv_kernel.
 
-    stride_*: as in forward_kernel; dq lies as out does, delta as lse.
+    stride_*: as in forward_kernel. base, delta: like lse, with stride_delta.
     """
     sample = active_sample(count_ptr, samples_ptr, tl.program_id(2))
     if sample < 0:
@@ -93,7 +94,7 @@ def dq_kernel(
     queries = tiles_of(q_ptr, stride_q, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
     douts = tiles_of(dout_ptr, stride_dout, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
     outs = tiles_of(out_ptr, stride_out, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
-    dqs = tiles_of(dq_ptr, stride_out, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
+    dqs = tiles_of(dq_ptr, stride_dq, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
     keys = tiles_of(k_ptr, stride_k, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET)
     values = tiles_of(v_ptr, stride_v, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET)
     i = first + tl.arange(0, BLOCK_M)
@@ -110,8 +111,10 @@ def dq_kernel(
         place = sample * stride_dlse[0] + head_64 * stride_dlse[1] + (row_q + i) * stride_dlse[2]
         delta -= tl.load(dlse_ptr + place, mask=i < seqlen_q, other=0.0)
     place = sample * stride_lse[0] + head_64 * stride_lse[1] + row_q + i
-    tl.store(delta_ptr + place, delta, mask=i < seqlen_q)
     lse = tl.load(lse_ptr + place, mask=i < seqlen_q, other=0.0) * LOG2_E
+    place = sample * stride_delta[0] + head_64 * stride_delta[1] + row_q + i
+    tl.store(base_ptr + place, lse, mask=i < seqlen_q)
+    tl.store(delta_ptr + place, delta, mask=i < seqlen_q)
     start, inner_start, inner_stop, stop = key_range(first, window, BLOCK_M, BLOCK_N)
     if left is not None:
         dq = gather_dq(
@@ -131,7 +134,7 @@ def dq_kernel(
 
 @triton.jit
 def gather_dkdv(
-    dk, dv, k, v, queries, douts, lse_ptr, delta_ptr, start, stop, j, seqlen_q,
+    dk, dv, k, v, queries, douts, base_ptr, delta_ptr, start, stop, j, seqlen_q,
     window, scoring, dropout, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Adds the queries from start to stop to dk and dv.
@@ -146,10 +149,11 @@ def gather_dkdv(
         q = load_tile(queries, m, seqlen_q, HEAD_DIM, True)
         dout = load_tile(douts, m, seqlen_q, HEAD_DIM, True)
         # [BLOCK_M], with weights of zero for queries behind the last
-        lse = tl.load(lse_ptr + i, mask=i < seqlen_q, other=float("inf")) * LOG2_E
-        delta = tl.load(delta_ptr + i, mask=i < seqlen_q, other=0.0)
+        lse = tl.load(base_ptr + i, mask=i < seqlen_q, other=float("inf"))
         # [BLOCK_N, BLOCK_M]
         products, dweights = dot(k, tl.trans(q)), dot(v, tl.trans(dout))
+        # [BLOCK_M], loaded late, as registers are scarce while the products run
+        delta = tl.load(delta_ptr + i, mask=i < seqlen_q, other=0.0)
         weights, dproducts = rebuild(
             products, dweights, lse[None, :], delta[None, :], i[None, :], j[:, None],
             window, scoring, dropout, True,
@@ -161,10 +165,10 @@ def gather_dkdv(
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "left", "right", "threshold"])
 def dkdv_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, slopes_ptr, seed_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, base_ptr, delta_ptr, slopes_ptr, seed_ptr,
     cu_q_ptr, cu_k_ptr, count_ptr, samples_ptr, dk_ptr, dv_ptr,
     seqlen_q, seqlen_k, group, left, right, scale, softcap, threshold: tl.uint32, keep_scale,
-    stride_dout, stride_q, stride_k, stride_v, stride_slopes, stride_lse, stride_dk,
+    stride_dout, stride_q, stride_k, stride_v, stride_slopes, stride_delta, stride_dk,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     OFFSET: tl.constexpr,
 ):  # fmt: skip
@@ -205,9 +209,9 @@ def dkdv_kernel(
         dropout = (seed, threshold, keep_scale, sample.to(tl.int32), head)
         queries = tiles_of(q_ptr, stride_q, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
         douts = tiles_of(dout_ptr, stride_dout, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
-        place = sample * stride_lse[0] + tl.cast(head, tl.int64) * stride_lse[1] + row_q
+        place = sample * stride_delta[0] + tl.cast(head, tl.int64) * stride_delta[1] + row_q
         dk, dv = gather_dkdv(
-            dk, dv, k, v, queries, douts, lse_ptr + place, delta_ptr + place, start, stop, j,
+            dk, dv, k, v, queries, douts, base_ptr + place, delta_ptr + place, start, stop, j,
             seqlen_q, window, scoring, dropout, HEAD_DIM, BLOCK_M,
         )  # fmt: skip
     store_tile(dks, first, seqlen_k, dk * scale, HEAD_DIM)

@@ -42,15 +42,18 @@ class Options(NamedTuple):
 
 def forward(
     q, k, v, left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed,
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, count, samples,
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, count, samples, into=None,
 ):  # fmt: skip
+    """into: out and lse, the memory for them."""
     options = Options(left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed)
-    if cu_seqlens_q is None and count is None:  # the results as they come
+    if cu_seqlens_q is None and count is None and into is None:  # the results as they come
         out, lse = attend(q, k, v, options, torch.arange(len(q)))
         return out.contiguous(), lse.transpose(-1, -2).contiguous()
 
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=wide(q.dtype))
+    out, lse = into or (
+        q.new_empty(q.shape),
+        q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=wide(q.dtype)),
+    )
     packed = cu_seqlens_q is not None
     outs, lses, q, k, v = batched(out, lse.transpose(-1, -2), q, k, v, packed=packed)
     for of_q, of_k, chosen in parts(q, k, cu_seqlens_q, cu_seqlens_k, count, samples):

@@ -40,7 +40,7 @@ Tiles = dict[str, dict[int, tuple[int, int, int]]]
 WARPGROUPS: Tiles = {  # sm_90, sm_100: 227 KB of shared memory, products by warpgroups
     "forward": {64: (128, 128, 3), 128: (128, 64, 3), 256: (128, 32, 2)},
     "dq": {64: (128, 64, 3), 128: (128, 64, 2), 256: (128, 32, 2)},
-    "dkdv": {64: (128, 64, 2), 128: (128, 32, 2), 256: (32, 32, 2)},
+    "dkdv": {64: (128, 32, 2), 128: (128, 32, 2), 256: (32, 32, 2)},
 }
 WARPS: Tiles = {  # every other: 99 KB, products by warps
     "forward": {64: (128, 64, 3), 128: (128, 32, 3), 256: (64, 32, 2)},
@@ -50,7 +50,7 @@ WARPS: Tiles = {  # every other: 99 KB, products by warps
 LANES: Tiles = {  # float32, whose products have no matrix unit
     "forward": {64: (32, 32, 2), 128: (32, 16, 2), 256: (16, 16, 2)},
     "dq": {64: (32, 32, 2), 128: (32, 16, 2), 256: (16, 32, 2)},
-    "dkdv": {64: (32, 32, 2), 128: (16, 16, 1), 256: (16, 16, 1)},
+    "dkdv": {64: (32, 32, 2), 128: (16, 32, 1), 256: (16, 16, 1)},
 }
 
 
@@ -106,12 +106,15 @@ def shared_arguments(q, k, left, right, scale, softcap, dropout_p) -> tuple:
 
 def forward(
     q, k, v, left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed,
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, count, samples,
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, count, samples, into=None,
 ):  # fmt: skip
+    """into: out and lse, the memory for them."""
     check(q)
     *_, seqlen_q, heads, head_dim = q.shape
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((*q.shape[:-3], heads, seqlen_q), dtype=torch.float32)
+    out, lse = into or (
+        q.new_empty(q.shape),
+        q.new_empty((*q.shape[:-3], heads, seqlen_q), dtype=torch.float32),
+    )
     sequences = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     longest_q = seqlen_q if max_seqlen_q is None else max_seqlen_q
     busy = softcap != 0 or alibi_slopes is not None or dropout_seed is not None
@@ -132,7 +135,7 @@ def backward(
 ):  # fmt: skip
     *_, seqlen_q, heads, head_dim = q.shape
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    delta = lse.new_empty(lse.shape)
+    base, delta = (lse.new_empty(lse.shape) for _ in range(2))
     sequences = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     longest_q = seqlen_q if max_seqlen_q is None else max_seqlen_q
     longest_k = k.shape[-3] if max_seqlen_k is None else max_seqlen_k
@@ -143,17 +146,18 @@ def backward(
     config = configure("dq", head_dim, q.dtype, busy)
     dq_kernel[(heads, triton.cdiv(longest_q, config["BLOCK_M"]), sequences)](
         dout, dlse, q, k, v, out, lse, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k,
-        count, samples, dq, delta, *arguments,
+        count, samples, dq, base, delta, *arguments,
         strides(dout, 4), strides(dlse, 3), strides(q, 4), strides(k, 4), strides(v, 4),
-        strides(alibi_slopes, 2), strides(out, 4), strides(lse, 3),
+        strides(alibi_slopes, 2), strides(out, 4), strides(lse, 3), strides(dq, 4),
+        strides(delta, 3),
         HEAD_DIM=head_dim, OFFSET=offset, **config,
     )  # fmt: skip
     config = configure("dkdv", head_dim, q.dtype, busy)
     dkdv_kernel[(k.shape[-2], triton.cdiv(longest_k, config["BLOCK_N"]), sequences)](
-        dout, q, k, v, lse, delta, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k,
+        dout, q, k, v, base, delta, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k,
         count, samples, dk, dv, *arguments,
         strides(dout, 4), strides(q, 4), strides(k, 4), strides(v, 4), strides(alibi_slopes, 2),
-        strides(lse, 3), strides(dk, 4),
+        strides(delta, 3), strides(dk, 4),
         HEAD_DIM=head_dim, OFFSET=offset, **config,
     )  # fmt: skip
     return dq, dk, dv

@@ -41,6 +41,33 @@ def _(q, *others):
     return q.new_empty(q.shape), q.new_empty((*batch, heads, seqlen), dtype=wide(q.dtype))
 
 
+@torch.library.custom_op("tossup::flash_attention_into", mutates_args=("out", "lse"))
+def flash_attention_into_op(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: int,
+    right: int,
+    scale: float,
+    count: Tensor | None,
+    samples: Tensor | None,
+    impl: str,
+) -> None:
+    """The forward pass into given memory of any strides."""
+    plain = 0.0, None, 0.0, None, None, None, None, None
+    call_backend(
+        __package__, impl, "forward",
+        q, k, v, left, right, scale, *plain, count, samples, (out, lse),
+    )  # fmt: skip
+
+
+@flash_attention_into_op.register_fake
+def _(out, *others):
+    return None
+
+
 @torch.library.custom_op("tossup::flash_attention_backward", mutates_args=())
 def flash_attention_backward_op(
     dout: Tensor,

@@ -13,9 +13,12 @@ def forward(
     interleaved: bool,
     count: Tensor | None,
     samples: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if count is None:
+    """out may be x itself."""
+    in_place = out is not None
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    if count is None and not in_place:
         turn(x, cos, sin, interleaved, out)
         return out
     rows = rows_of(count, samples)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..precision import refuse_float64
 from ..routing.gate import active_sample
+from ..target import refuse_more_samples_than_programs
 
 
 @triton.jit
@@ -62,14 +63,17 @@ def forward(
     interleaved: bool,
     count: Tensor | None,
     samples: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
+    """out may be x itself: a program reads all its pairs before it writes one."""
     refuse_float64(x=x)
+    refuse_more_samples_than_programs(len(x))
     batch, seqlen, heads, head_dim = x.shape
     half = cos.shape[-1]
     rest = head_dim - 2 * half
     block, block_rest = (triton.next_power_of_2(max(1, n)) for n in (half, rest))
     rows = max(1, 1024 // max(block, block_rest))
-    out = x.new_empty(x.shape)
+    out = x.new_empty(x.shape) if out is None else out
     rotary_kernel[(triton.cdiv(seqlen * heads, rows), batch)](
         x, cos, sin, count, samples, out,
         seqlen, heads, x.stride(), out.stride(), angle_strides(cos), angle_strides(sin),

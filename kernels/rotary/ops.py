@@ -25,6 +25,24 @@ def _(x, cos, sin, interleaved, count, samples, impl):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+@torch.library.custom_op("tossup::rotary_", mutates_args=("x",))
+def rotary_in_place_op(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    count: Tensor | None,
+    samples: Tensor | None,
+    impl: str,
+) -> None:
+    call_backend(__package__, impl, "forward", x, cos, sin, interleaved, count, samples, x)
+
+
+@rotary_in_place_op.register_fake
+def _(x, *others):
+    return None
+
+
 def save_for_backward(ctx, inputs, output):
     _, cos, sin, interleaved, count, samples, impl = inputs
     ctx.save_for_backward(cos, sin, *snapshot(count, samples))

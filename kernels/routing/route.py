@@ -50,13 +50,23 @@ def put(route: Route | None, rows: Tensor, batch: int) -> Tensor:
 
 
 def place(
-    rows: Tensor | slice, values: Tensor, batch: int, dtype: torch.dtype, *, copy: bool = False
+    rows: Tensor | slice,
+    values: Tensor,
+    batch: int,
+    dtype: torch.dtype,
+    *,
+    copy: bool = False,
+    into: Tensor | None = None,
 ) -> Tensor:
     """The active samples' values as rows of a contiguous (batch, …) tensor, the others unwritten.
 
     rows: from `rows_of`.
     copy: the values are a view into what nobody else shall keep alive.
+    into: write them there, and return that.
     """
+    if into is not None:
+        into[rows] = values.to(into.dtype)
+        return into
     if isinstance(rows, slice):
         return values.to(dtype, copy=copy, memory_format=torch.contiguous_format).contiguous()
     out = values.new_empty((batch, *values.shape[1:]), dtype=dtype)

@@ -51,7 +51,7 @@ def backward_kernel(
     du_ptr, ddelta_ptr, dB_ptr, dC_ptr, dz_ptr, dinitial_ptr, shares_ptr,
     seqlen, dim, run, segment, blocks, groups_b, groups_c,
     stride_dout, stride_dh, stride_u, stride_delta, stride_b, stride_c, stride_d, stride_z,
-    stride_bias, stride_seq,
+    stride_bias, stride_seq, stride_dz, stride_kept,
     SOFTPLUS: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
     STATE: tl.constexpr, STATES: tl.constexpr, BLOCK_DIM: tl.constexpr, RUNS: tl.constexpr,
     CHUNK: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
@@ -108,8 +108,9 @@ def backward_kernel(
     dout_ptrs = dout_ptr + sample * stride_dout[0] + channels * stride_dout[2]
     if z_ptr is not None:
         z_ptrs = z_ptr + sample * stride_z[0] + channels * stride_z[2]
+        dz_ptrs = dz_ptr + sample * stride_dz[0] + channels * stride_dz[2]
     written = sample * seqlen * dim + columns
-    kept_ptr += sample * tl.cdiv(seqlen, CHUNK) * STATE * dim
+    kept_ptr += sample * stride_kept
     places = tl.num_programs(1)
     program = (tl.program_id(2).to(tl.int64) * places + tl.program_id(1)) * tl.num_programs(0)
     scratch_ptr += (program + tile) * (CHUNK // TOKENS) * STATES * BLOCK_DIM
@@ -162,7 +163,8 @@ def backward_kernel(
                     z = zs[j].to(tl.float32)
                     gate = sigmoid(z)
                     dz = dy * y * gate * (1.0 + z * (1.0 - gate))
-                    tl.store(dz_ptr + written + t * dim, dz.to(dz_ptr.dtype.element_ty), mask=there)
+                    dz = dz.to(dz_ptr.dtype.element_ty)
+                    tl.store(dz_ptrs + t * stride_dz[1], dz, mask=there)
                     dy *= z * gate
                 if CONSTANT_C:
                     dc += dy[None, :] * h
@@ -267,12 +269,12 @@ def backward_kernel(
 
 @triton.jit(do_not_specialize=["seqlen"])
 def group_kernel(
-    shares_ptr, out_ptr, count_ptr, samples_ptr, seqlen, groups, blocks,
+    shares_ptr, out_ptr, count_ptr, samples_ptr, seqlen, groups, blocks, stride_out,
     STATE: tl.constexpr, STATES: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """dB or dC of one group and some tokens of one active sample: the sum over the group's blocks.
 
-    shares: (batch, seqlen, groups · blocks, state). out: (batch, seqlen, groups, state).
+    shares: (batch, seqlen, groups · blocks, state). stride_out: (batch, seqlen, group, state).
     """
     sample = active_sample(count_ptr, samples_ptr, tl.program_id(1))
     if sample < 0:
@@ -289,5 +291,6 @@ def group_kernel(
         ptrs = shares_ptr + (row * blocks + block) * STATE + n[None, :]
         total += tl.load(ptrs, mask=there, other=0.0)
         block += 1
-    out = total.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * STATE + n[None, :], out, mask=there)
+    out_ptr += sample * stride_out[0] + tl.cast(group, tl.int64) * stride_out[2]
+    out_ptrs = out_ptr + t[:, None] * stride_out[1] + n[None, :] * stride_out[3]
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=there)

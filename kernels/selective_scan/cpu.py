@@ -289,8 +289,10 @@ def partition(dim: int, B: Tensor, C: Tensor) -> tuple[int, int]:
 
 
 def forward(
-    u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples, delta_softplus
-):
+    u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples, delta_softplus,
+    into=(None, None),
+):  # fmt: skip
+    """into: memory for out and kept, or None for each."""
     rows = rows_of(count, samples)
     x, step, rate, b, c, resets = operands(
         u, delta, A, B, C, delta_bias, seq_idx, rows, delta_softplus
@@ -310,16 +312,18 @@ def forward(
     if z is not None:
         y *= F.silu(z[rows].to(x.dtype))
     return (
-        place(rows, y, len(u), u.dtype),
+        place(rows, y, len(u), u.dtype, into=into[0]),
         place(rows, state, len(u), x.dtype),
-        place(rows, kept, len(u), x.dtype),
+        place(rows, kept, len(u), x.dtype, into=into[1]),
     )
 
 
 def backward(
     dout, dfinal_state, kept,
     u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples, delta_softplus,
+    into=(None, None, None),
 ):  # fmt: skip
+    """into: memory for dB, dC and dz, or None for each."""
     rows = rows_of(count, samples)
     x, step, rate, b, c, resets = operands(
         u, delta, A, B, C, delta_bias, seq_idx, rows, delta_softplus
@@ -339,14 +343,14 @@ def backward(
     dB, dC = (x.new_zeros(batch, 1 if w.ndim == 2 else seqlen, blocks, A.shape[1]) for w in (B, C))
     launch(
         backward_sweep, batch * blocks, run,
-        dy, x, step, rate, b, c, resets, kept[rows], dstate, y, du, ddelta, dA,
+        dy, x, step, rate, b, c, resets, kept[rows].contiguous(), dstate, y, du, ddelta, dA,
         *(w.expand(-1, seqlen, -1, -1) for w in (dB, dC)),
     )  # fmt: skip
     dB, dC = (
         dw.sum((0, 1)).to(w.dtype)
         if w.ndim == 2
-        else place(rows, dw.unflatten(2, (w.shape[2], -1)).sum(3), len(u), w.dtype)
-        for dw, w in ((dB, B), (dC, C))
+        else place(rows, dw.unflatten(2, (w.shape[2], -1)).sum(3), len(u), w.dtype, into=memory)
+        for dw, w, memory in ((dB, B, into[0]), (dC, C, into[1]))
     )
 
     dD = dz = ddelta_bias = dinitial_state = None
@@ -355,7 +359,8 @@ def backward(
         du.addcmul_(dy, D.to(x.dtype))
         dD = (dy * x).sum((0, 1)).to(D.dtype)
     if z is not None:
-        dz = place(rows, torch.ops.aten.silu_backward(gated * y, gate), len(u), z.dtype)
+        of_gate = torch.ops.aten.silu_backward(gated * y, gate)
+        dz = place(rows, of_gate, len(u), z.dtype, into=into[2])
     if delta_softplus:  # the derivative is sigmoid(x) = 1 - exp(-softplus(x)), and 1 above 20
         ddelta *= torch.where(step > 20, 1.0, -torch.expm1(-step))
     if delta_bias is not None:

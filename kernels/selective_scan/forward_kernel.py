@@ -17,21 +17,21 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["seqlen", "dim", "run", "segment", "stride_h"])
+@triton.jit(do_not_specialize=["seqlen", "dim", "run", "segment", "stride_h", "stride_kept"])
 def forward_kernel(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, state_ptr, seq_idx_ptr,
     count_ptr, samples_ptr, out_ptr, final_state_ptr, kept_ptr,
     seqlen, dim, run, segment, groups_b, groups_c,
     stride_u, stride_delta, stride_b, stride_c, stride_d, stride_z, stride_bias, stride_h,
-    stride_seq,
+    stride_seq, stride_out, stride_kept,
     SOFTPLUS: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
     STATE: tl.constexpr, STATES: tl.constexpr, BLOCK_DIM: tl.constexpr, RUNS: tl.constexpr,
     CHUNK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """A tile of channels of one active sample, through one segment of its tokens.
 
-    A: (state, dim), float32, contiguous. out, final_state (batch, dim, state) and kept (batch,
-    chunks, state, dim) are contiguous.
+    A: (state, dim), float32, contiguous. final_state (batch, dim, state) is contiguous; out (batch,
+    seqlen, dim) and kept (batch, chunks, state, dim) are within a sample.
     stride_h: of the state before a segment, (batch, segment, state, dim).
     """
     sample = active_sample(count_ptr, samples_ptr, tl.program_id(1))
@@ -72,8 +72,8 @@ def forward_kernel(
     delta_ptrs = delta_ptr + sample * stride_delta[0] + channels * stride_delta[2]
     if z_ptr is not None:
         z_ptrs = z_ptr + sample * stride_z[0] + channels * stride_z[2]
-    out_ptrs = out_ptr + sample * seqlen * dim + columns
-    kept_ptr += sample * tl.cdiv(seqlen, CHUNK) * STATE * dim
+    out_ptrs = out_ptr + sample * stride_out + columns
+    kept_ptr += sample * stride_kept
 
     last = seqlen - 1
     start = tl.program_id(2).to(tl.int64) * segment

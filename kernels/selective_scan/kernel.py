@@ -31,7 +31,7 @@ import triton
 from torch import Tensor
 
 from ..precision import refuse_float64
-from ..target import arch
+from ..target import arch, processors, refuse_more_samples_than_programs
 from .backward_kernel import backward_kernel, group_kernel
 from .forward_kernel import forward_kernel
 from .ops import CHUNKS
@@ -39,13 +39,12 @@ from .segment_kernel import carry_kernel, local_kernel
 
 CHUNK = CHUNKS["triton"]
 SHORTEST = 4 * CHUNK  # tokens of a segment that are worth two more launches
-# Multiprocessors of the largest GPU of an architecture that is sold
-PROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
 
 
 def width_of(states: int, backward: bool) -> int:
     """The channels of a tile: as many as lanes, as long as its states fit into registers."""
-    return 16 if backward and states > 128 else 32
+    most_states = 128 if arch() >= 90 else 32
+    return 16 if backward and states > most_states else 32
 
 
 def configure(states: int, backward: bool, light: bool) -> dict[str, int]:
@@ -70,7 +69,7 @@ def segment_of(seqlen: int, warps: int) -> int:
     That takes 8 per multiprocessor, 2 for each of its schedulers. Fewer than half of them share the
     length out, for twice the work.
     """
-    segments = 8 * PROCESSORS.get(arch(), 132) // max(warps, 1)
+    segments = 8 * processors() // max(warps, 1)
     chunks = triton.cdiv(seqlen, CHUNK)
     segment = max(triton.cdiv(chunks, max(segments, 1)) * CHUNK, SHORTEST)
     return min(segment, chunks * CHUNK)
@@ -148,29 +147,38 @@ def at_edges(
 
 
 def forward(
-    u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples, delta_softplus
-):
+    u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples, delta_softplus,
+    into=(None, None),
+):  # fmt: skip
+    """into: memory for out and kept, each sample's contiguous, or None for each."""
     refuse_float64(
         u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias,
         initial_state=initial_state,
     )  # fmt: skip
     batch, seqlen, dim = u.shape
     state = A.shape[1]
+    refuse_more_samples_than_programs(batch)
+    if state > 256:
+        raise ValueError(f"A must have at most 256 states for impl='triton', got {state}")
     pieces = cut(u, A, B, C, backward=False)
     A, B, C = (plane(x) if x.ndim == 2 else x for x in (A, B, C))
     before, before_strides = at_edges(
         initial_state, u, delta, A, B, None, delta_bias, seq_idx, count, samples, delta_softplus,
         pieces, reverse=False,
     )  # fmt: skip
-    out = u.new_empty(u.shape)
     final_state = u.new_empty((batch, dim, state), dtype=torch.float32)
-    kept = u.new_empty((batch, triton.cdiv(seqlen, CHUNK), state, dim), dtype=torch.float32)
+    out, kept = into
+    if out is None:
+        out = u.new_empty(u.shape)
+    if kept is None:
+        chunks = triton.cdiv(seqlen, CHUNK)
+        kept = u.new_empty((batch, chunks, state, dim), dtype=torch.float32)
     forward_kernel[(pieces.tiles, batch, pieces.segments)](
         u, delta, A, B, C, D, z, delta_bias, before, seq_idx, count, samples,
         out, final_state, kept,
         seqlen, dim, pieces.run, pieces.segment, B.shape[-2], C.shape[-2],
         u.stride(), delta.stride(), B.stride(), C.stride(), *strides(D, 1), strides(z, 3),
-        *strides(delta_bias, 1), before_strides, strides(seq_idx, 2),
+        *strides(delta_bias, 1), before_strides, strides(seq_idx, 2), out.stride(0), kept.stride(0),
         SOFTPLUS=delta_softplus, CONSTANT_B=B.ndim == 2, CONSTANT_C=C.ndim == 2,
         CHUNK=CHUNK, **pieces.constants,
     )  # fmt: skip
@@ -180,7 +188,9 @@ def forward(
 def backward(
     dout, dfinal_state, kept,
     u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, count, samples, delta_softplus,
+    into=(None, None, None),
 ):  # fmt: skip
+    """into: memory for dB, dC and dz, or None for each. kept: each sample's is contiguous."""
     batch, seqlen, dim = u.shape
     state = A.shape[1]
     pieces = cut(u, A, B, C, backward=True)
@@ -190,7 +200,8 @@ def backward(
         pieces, reverse=True,
     )  # fmt: skip
     du, ddelta = u.new_empty(u.shape), delta.new_empty(delta.shape)
-    dz = None if z is None else z.new_empty(z.shape)
+    into_B, into_C, dz = into
+    dz = z.new_empty(z.shape) if z is not None and dz is None else dz
     dinitial_state = None if initial_state is None else initial_state.new_empty((batch, dim, state))
     rows = state * (1 + (B.ndim == 2) + (C.ndim == 2)) + 2
     shares = u.new_empty((batch, pieces.segments, rows, dim), dtype=torch.float32)
@@ -212,6 +223,7 @@ def backward(
         seqlen, dim, pieces.run, pieces.segment, pieces.blocks, b.shape[-2], c.shape[-2],
         dout.stride(), behind_strides, u.stride(), delta.stride(), b.stride(), c.stride(),
         *strides(D, 1), strides(z, 3), *strides(delta_bias, 1), strides(seq_idx, 2),
+        strides(dz, 3), kept.stride(0),
         SOFTPLUS=delta_softplus, CONSTANT_B=B.ndim == 2, CONSTANT_C=C.ndim == 2,
         CHUNK=CHUNK, ROWS=rows, **pieces.constants,
     )  # fmt: skip
@@ -225,8 +237,8 @@ def backward(
         du,
         ddelta,
         own(of_A.t(), A),
-        own(of_B.t(), B) if B.ndim == 2 else sum_groups(dB, B, count, samples),
-        own(of_C.t(), C) if C.ndim == 2 else sum_groups(dC, C, count, samples),
+        own(of_B.t(), B) if B.ndim == 2 else sum_groups(dB, B, count, samples, into_B),
+        own(of_C.t(), C) if C.ndim == 2 else sum_groups(dC, C, count, samples, into_C),
         None if D is None else own(of_D[0], D),
         dz,
         None if delta_bias is None else own(of_bias[0], delta_bias),
@@ -239,12 +251,12 @@ def own(part: Tensor, like: Tensor) -> Tensor:
     return part.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def sum_groups(shares: Tensor, operand: Tensor, count, samples) -> Tensor:
+def sum_groups(shares: Tensor, operand: Tensor, count, samples, out: Tensor | None) -> Tensor:
     batch, seqlen, groups, state = operand.shape
-    out = operand.new_empty(operand.shape)
+    out = operand.new_empty(operand.shape) if out is None else out
     tokens = 32
     group_kernel[(triton.cdiv(seqlen, tokens), batch, groups)](
-        shares, out, count, samples, seqlen, groups, shares.shape[2] // groups,
+        shares, out, count, samples, seqlen, groups, shares.shape[2] // groups, out.stride(),
         STATE=state, STATES=triton.next_power_of_2(state), TOKENS=tokens,
     )  # fmt: skip
     return out

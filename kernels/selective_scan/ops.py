@@ -82,6 +82,73 @@ def _(dout, dfinal_state, kept, *inputs):
     return [dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in differentiable]
 
 
+@torch.library.custom_op("tossup::selective_scan_into", mutates_args=("out", "kept"))
+def selective_scan_into_op(
+    out: Tensor,
+    kept: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    count: Tensor | None,
+    samples: Tensor | None,
+    delta_softplus: bool,
+    impl: str,
+) -> None:
+    """The forward pass into given memory, in which each sample's part is contiguous."""
+    call_backend(
+        __package__, impl, "forward",
+        u, delta, A, B, C, D, z, delta_bias, None, None, count, samples, delta_softplus,
+        (out, kept),
+    )  # fmt: skip
+
+
+@selective_scan_into_op.register_fake
+def _(out, *others):
+    return None
+
+
+@torch.library.custom_op("tossup::selective_scan_backward_into", mutates_args=("dB", "dC", "dz"))
+def selective_scan_backward_into_op(
+    dB: Tensor,
+    dC: Tensor,
+    dz: Tensor | None,
+    dout: Tensor,
+    kept: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    count: Tensor | None,
+    samples: Tensor | None,
+    delta_softplus: bool,
+    impl: str,
+) -> list[Tensor]:
+    """The gradients of u, delta, A, D and delta_bias, empty for those that are None; those of B, C
+    and z go into given memory of any strides."""
+    du, ddelta, dA, _, _, dD, _, dbias, _ = call_backend(
+        __package__, impl, "backward",
+        dout, None, kept, u, delta, A, B, C, D, z, delta_bias, None, None, count, samples,
+        delta_softplus, (dB, dC, dz),
+    )  # fmt: skip
+    gradients = du, ddelta, dA, dD, dbias
+    return [dout.new_empty(0) if gradient is None else gradient for gradient in gradients]
+
+
+@selective_scan_backward_into_op.register_fake
+def _(dB, dC, dz, dout, kept, u, delta, A, B, C, D, z, delta_bias, *others):
+    inputs = u, delta, A, D, delta_bias
+    return [dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
+
+
 def save_for_backward(ctx, inputs, output):
     *tensors, count, samples, delta_softplus, impl = inputs
     ctx.save_for_backward(output[2], *tensors, *snapshot(count, samples))

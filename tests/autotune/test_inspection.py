@@ -44,11 +44,11 @@ def test_both_versions_of_triton_were_used(inspected, request):
     assert inspected["triton"] == ("3.6.0" if oldest else triton.__version__)
 
 
-def test_no_loop_spills_and_everything_fits(inspected):
-    """ptxas may put a few bytes away around a loop, at the edge of 255 registers; never within."""
+def test_nothing_spills_and_everything_fits(inspected):
+    """ptxas may need the stack for no tile that is shipped."""
     for name, report in inspected["launches"].items():
         assert all(loop["local"] == 0 for loop in report["loops"]), name
-        assert report["spills"] <= 16, name
+        assert report["spills"] == 0, name
         assert report["fits"], name
 
 
