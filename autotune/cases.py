@@ -103,10 +103,18 @@ def convolutions() -> Iterator[Case]:
                 f"routed, {short(dtype)}, {name}",
                 partial(convolve, dtype, packed, channels_last),
             )
+    launch = partial(convolve, torch.bfloat16, False, True, (1, 2**20, 256))
+    yield Case("causal_conv1d", "routed, bf16, 1×1048576×256, width 4", launch)
 
 
-def convolve(dtype: torch.dtype, packed: bool, channels_last: bool) -> None:
-    batch, seqlen, dim, width = 8, 4096, 4096, 4
+def convolve(
+    dtype: torch.dtype,
+    packed: bool,
+    channels_last: bool,
+    shape: tuple[int, int, int] = (8, 4096, 4096),
+) -> None:
+    batch, seqlen, dim = shape
+    width = 4
     x = meta(batch, seqlen, dim, dtype=dtype)
     if not channels_last:
         x = meta(batch, dim, seqlen, dtype=dtype).transpose(1, 2)
@@ -176,6 +184,10 @@ def updates() -> Iterator[Case]:
         for ring in (False, True):
             name = f"routed, {short(dtype)}, 64×4096, width 4{', ring' if ring else ''}"
             yield Case("causal_conv1d_update", name, partial(update_window, dtype, ring))
+    for ring in (False, True):
+        name = f"routed, bf16, 64×4096, width 4, fp32 taps{', ring' if ring else ''}"
+        launch = partial(update_window, torch.bfloat16, ring, torch.float32)
+        yield Case("causal_conv1d_update", name, launch)
 
 
 def update_state(dtype: torch.dtype, states: int) -> None:
@@ -188,14 +200,46 @@ def update_state(dtype: torch.dtype, states: int) -> None:
     )
 
 
-def update_window(dtype: torch.dtype, ring: bool) -> None:
+def update_window(dtype: torch.dtype, ring: bool, of_taps: torch.dtype | None = None) -> None:
     batch, dim, width = 64, 4096, 4
     x, state = meta(batch, 1, dim, dtype=dtype), meta(batch, width, dim, dtype=dtype)
-    weight, bias = meta(dim, width, dtype=dtype), meta(dim, dtype=dtype)
+    weight, bias = (meta(*shape, dtype=of_taps or dtype) for shape in ((dim, width), (dim,)))
     places = meta(batch, dtype=torch.int32) if ring else None
     kernels_of("causal_conv1d_update").update(
         x, state, weight, bias, "silu", places, places, *route_over(batch)
     )
+
+
+def linears() -> Iterator[Case]:
+    """(in_features, out_features) of Mamba's and attention's projections, and other dtypes."""
+    shapes = ((2048, 2048), (2048, 8192), (4096, 160))
+    cases = [("bf16", shape, torch.bfloat16, torch.bfloat16, False) for shape in shapes]
+    cases += [
+        ("fp32", (2048, 2048), torch.float32, torch.float32, False),
+        ("bf16, fp32 weights", (2048, 2048), torch.bfloat16, torch.float32, False),
+        ("bf16, bias", (2048, 2560), torch.bfloat16, torch.bfloat16, True),
+    ]
+    for name, shape, dtype, of_weight, bias in cases:
+        launch = partial(multiply, shape, dtype, of_weight, bias)
+        yield Case("linear", f"routed, {name}, 4×4096×{shape[0]}→{shape[1]}", launch)
+
+
+def multiply(
+    shape: tuple[int, int], dtype: torch.dtype, of_weight: torch.dtype, biased: bool
+) -> None:
+    """Forward, the data gradient added to another, and the weight gradient in float32."""
+    in_features, out_features = shape
+    x = meta(4, 4096, in_features, dtype=dtype)
+    weight = meta(out_features, in_features, dtype=of_weight)
+    bias, bias_grad = (
+        meta(out_features, dtype=d) if biased else None for d in (dtype, torch.float32)
+    )
+    grad = meta(out_features, in_features, dtype=torch.float32)
+    written = meta(dtype=torch.int32)
+    kernels = kernels_of("linear")
+    out = kernels.forward(x, weight, bias, *route_over(4))
+    kernels.forward_into(x, out, weight.t(), None, True, *route_over(4))
+    kernels.weight_gradient_into(grad, out, x, bias_grad, written, *route_over(4))
 
 
 CASES: tuple[Case, ...] = (
@@ -205,4 +249,5 @@ CASES: tuple[Case, ...] = (
     *convolutions(),
     *rotations(),
     *updates(),
+    *linears(),
 )

@@ -60,6 +60,14 @@ def positions(route: tossup.Route) -> None:
         backward(out[route.samples[: int(route.count)].long()])
 
 
+def projections(route: tossup.Route) -> None:
+    for dtype, of_weight in ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        x = random(BATCH, SEQLEN, DIM, dtype=dtype)
+        weight, bias = (random(*shape, dtype=of_weight) for shape in ((200, DIM), (200,)))
+        out = tossup.linear(x, weight, bias, route=route)
+        backward(out[route.samples[: int(route.count)].long()])
+
+
 def decode(route: tossup.Route) -> None:
     x, dt, z = (random(BATCH, DIM) for _ in range(3))
     A, D = random(DIM, STATES, dtype=torch.float32), random(DIM, dtype=torch.float32)
@@ -78,7 +86,7 @@ def main() -> None:
     torch.manual_seed(0)
     strategy = tossup.Strategy(mixers=2, kind="full_layout", per_sample=True)
     table = tossup.draw(strategy, seed=0, step=0, layers=3, batch=BATCH, device="cuda")
-    for op in (attention, mamba, positions, decode):
+    for op in (attention, mamba, positions, projections, decode):
         for mixer in range(2):
             op(table.route(1, mixer))
     torch.cuda.synchronize()

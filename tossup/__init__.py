@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .kernels.causal_conv1d import causal_conv1d
     from .kernels.causal_conv1d_update import causal_conv1d_update
     from .kernels.flash_attention import flash_attention
+    from .kernels.linear import linear
     from .kernels.rotary import rotary, rotary_angles
     from .kernels.routing import MixerTable, Route, Strategy, draw
     from .kernels.selective_scan import selective_scan
@@ -41,6 +42,7 @@ _MODULES = {
     "clip_grad_norm": "supernet.optimizer",
     "draw": "kernels.routing",
     "flash_attention": "kernels.flash_attention",
+    "linear": "kernels.linear",
     "load_checkpoint": "supernet.conversion",
     "parameter_groups": "supernet.optimizer",
     "rotary": "kernels.rotary",

@@ -13,6 +13,7 @@ from tests.support import EXACT, every_backend, only_triton, route_of, seeded
 from tossup.kernels.backend import load_backend, resolve_impl
 from tossup.kernels.causal_conv1d import causal_conv1d
 from tossup.kernels.flash_attention import flash_attention
+from tossup.kernels.linear import linear
 from tossup.kernels.rotary import rotary, rotary_angles
 from tossup.kernels.selective_scan import selective_scan
 
@@ -51,13 +52,19 @@ def turn(x: Tensor, **options) -> tuple[Tensor, ...]:
     return (rotary(x.unflatten(-1, (2, 4)), *angles, **options),)
 
 
+def project(x: Tensor, **options) -> tuple[Tensor, ...]:
+    weight = (torch.arange(6.0 * DIM).view(6, DIM) % 7 - 3) / 4  # sums of bfloat16 are exact
+    return (linear(x, weight, **options),)
+
+
 OPS = {
     "flash_attention": attend,
     "selective_scan": scan,
     "causal_conv1d": convolve,
     "rotary": turn,
+    "linear": project,
 }
-RESULTS = [(name, n) for name in OPS for n in range(1 if name == "rotary" else 2)]
+RESULTS = [(name, n) for name in OPS for n in range(1 if name in ("rotary", "linear") else 2)]
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 every_result = pytest.mark.parametrize("op, result", [(OPS[o], n) for o, n in RESULTS])
 
@@ -200,6 +207,21 @@ def test_compiles_for_any_length_with_the_implementation_left_open(op, impl, mon
 def test_triton_refuses_float64_in_a_sentence(op, impl):
     with pytest.raises(ValueError, match="float64 runs with impl='cpu' or 'reference'"):
         op(random(1, 2, DIM), impl=impl)
+
+
+@pytest.mark.parametrize("op", [scan, convolve, turn], ids=["scan", "convolve", "turn"])
+@only_triton
+def test_triton_refuses_more_samples_than_a_grid_holds(op, impl):
+    x = torch.zeros(1, 1, DIM).expand(65536, -1, -1)
+    with pytest.raises(ValueError, match="at most 65535 samples for impl='triton', got 65536"):
+        op(x, impl=impl)
+
+
+@only_triton
+def test_triton_refuses_more_states_than_registers_hold(impl):
+    x, rates, states = torch.zeros(1, 2, 3), torch.zeros(3, 257), torch.zeros(1, 2, 1, 257)
+    with pytest.raises(ValueError, match="at most 256 states for impl='triton', got 257"):
+        selective_scan(x, x, rates, states, states, impl=impl)
 
 
 @every_op
