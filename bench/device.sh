@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU, in one call: is every kernel right there, and clean?
-# The tests, then compute-sanitizer over every kernel; logs go to the folder given, or to device/.
+# The tests, of which those of a captured step run only here, then compute-sanitizer over every
+# kernel; logs go to the folder given, or to device/.
 # Needs torch with CUDA, and the packages of setup.py's dev extra that the tests import.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -29,6 +30,7 @@ PYTHON
 
 # Tests of Triton put their tensors on the GPU; the others run on the CPU.
 run kernels 400 python3 -m pytest -q --durations 20 tests/kernels
+run graph 120 python3 -m pytest -q tests/supernet/test_graphed_step.py
 for tool in memcheck racecheck initcheck; do
 	run "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 bench/sanitize.py
 done

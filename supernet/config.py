@@ -317,7 +317,13 @@ class TrainingConfig(Config):
         None, description="a pretrained ordinary checkpoint, whose mixers the main mixers start as"
     )
     frozen: tuple[str, ...] = Field((), description="patterns of parameter names, as in a shell")
-    dispatch: Literal["host", "dense"] = "host"
+    dispatch: Literal["device", "host", "dense"] = Field(
+        "host",
+        description="who follows the mixer table; device: the kernels, of attention and mamba1",
+    )
+    graph: bool = Field(
+        False, description="capture a step in one CUDA graph and replay it; with dispatch device"
+    )
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
@@ -329,6 +335,12 @@ class TrainingConfig(Config):
     evaluation_batches: PositiveInt = 8
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: PositiveInt = 2
+
+    @model_validator(mode="after")
+    def nothing_in_a_graph_asks_the_host(self) -> "TrainingConfig":
+        if self.graph and self.dispatch != "device":
+            raise ValueError(f"graph takes dispatch device, got {self.dispatch}")
+        return self
 
     @model_validator(mode="after")
     def warmup_ends(self) -> "TrainingConfig":
@@ -348,6 +360,17 @@ class RunConfig(Config):
     data: DataConfig
     training: TrainingConfig
     search: SearchConfig | None = None
+
+    @model_validator(mode="after")
+    def mixers_follow_routes(self) -> "RunConfig":
+        if self.training.dispatch == "device":
+            for name, mixer in self.model.mixers.items():
+                if mixer.type not in ("attention", "mamba1"):
+                    raise ValueError(
+                        "training.dispatch device takes mixers of type attention and mamba1, "
+                        f"got {mixer.type} for {name}"
+                    )
+        return self
 
     @model_validator(mode="after")
     def tokens_fit(self) -> "RunConfig":

@@ -47,14 +47,14 @@ class Block(nn.Module):
 class SupernetModel(nn.Module):
     """A decoder language model whose layers hold one mixer or several.
 
-    config: its shape. dispatch: who follows the mixer table, host or dense.
+    config: its shape. dispatch: who follows the mixer table, device, host or dense.
     Training a model with stochastic mixers takes `table=` (from `draw`) or `placement=`; evaluation
     takes the main mixer in every layer unless one of them is given.
     """
 
     def __init__(self, config: ModelConfig, dispatch: Dispatch = "host"):
         super().__init__()
-        self.config = config
+        self.config, self.dispatch = config, dispatch
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, layer, dispatch) for layer in range(config.num_layers)
@@ -200,10 +200,14 @@ class SupernetModel(nn.Module):
         return self.config.mixer.strategy(self.config.num_layers)
 
     def draw(self, seed: int, step: int | Tensor, batch: int) -> MixerTable:
-        """The mixer table of a step: the same on every rank that names the same seed and step."""
+        """The mixer table of a step: the same on every rank that names the same seed and step.
+
+        It is drawn where it is followed: on the model's device, or the host.
+        """
         assert isinstance(self.config.mixer, StochasticMixerConfig)
         shifted = seed + self.config.mixer.seed_shift
-        return draw(self.strategy(), shifted, step, self.config.num_layers, batch, device="cpu")
+        device = self.embed_tokens.weight.device if self.dispatch == "device" else "cpu"
+        return draw(self.strategy(), shifted, step, self.config.num_layers, batch, device=device)
 
     def gate_of(self, parameter: str) -> tuple[int, str] | None:
         """The (layer, mixer) that owns the named parameter; None where all placements share it."""

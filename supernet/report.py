@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..kernels.routing import MixerTable
 from .checkpoint import copy_tensors
-from .metrics import Mean, accumulate
+from .metrics import Mean
 
 
 class Report:
@@ -22,19 +22,25 @@ class Report:
         self.mixers, self.device = mixers, device
         # [layers, mixers]: summed loss and number of labelled tokens and samples that took a mixer
         self.by_mixer = torch.zeros(3, layers, len(mixers), device=device)
-        self.clear()
+        self.means: dict[str, Mean] = {}
+        self.rate, self.norm = 0.0, torch.zeros((), device=device)
 
     def clear(self) -> None:
+        """Begin anew, in the same memory: a captured step goes on adding there."""
         self.by_mixer.zero_()
-        self.means: dict[str, Mean] = {}
-        self.rate, self.norm = 0.0, torch.zeros((), device=self.device)
+        for mean in self.means.values():
+            mean.total.zero_()
+            mean.count.zero_()
+        self.norm.zero_()
 
     def add(
         self, losses: Tensor, counts: Tensor, table: MixerTable | None, extra: dict[str, Mean]
     ) -> None:
         """losses, counts: (batch,), summed over each sample's tokens."""
         for key, mean in {"loss": Mean(losses.sum(), counts.sum()), **extra}.items():
-            accumulate(self.means, key, Mean(mean.total.detach().float(), mean.count.float()))
+            sums = self._mean(key)
+            sums.total += mean.total.detach()
+            sums.count += mean.count
         if table is not None:
             row = table.table.to(self.device).expand(-1, len(losses))
             # [layers, mixers, batch]
@@ -42,12 +48,22 @@ class Report:
             samples = torch.stack((losses, counts.float(), torch.ones_like(losses)))
             self.by_mixer += torch.einsum("lmb,kb->klm", taken.float(), samples)
 
-    def add_step(self, rate: float, norm: Tensor) -> None:
-        self.rate, self.norm = rate, norm
+    def add_norm(self, norm: Tensor) -> None:
+        """The gradient's, in the last step."""
+        self.norm.copy_(norm)
+
+    def _mean(self, key: str) -> Mean:
+        if key not in self.means:
+            self.means[key] = Mean(*torch.zeros(2, device=self.device))
+        return self.means[key]
 
     def scalars(self) -> dict[str, float]:
         """The loss, the last gradient's norm and the mixers' own; waits for the device."""
-        means = {key: mean.value.item() for key, mean in sorted(self.means.items())}
+        means = {
+            key: mean.value.item()
+            for key, mean in sorted(self.means.items())
+            if key == "loss" or mean.count.item()  # a mixer's own, where it ran at all
+        }
         return {**means, "grad_norm": self.norm.item()}
 
     def read(self) -> dict[str, Any]:
@@ -76,5 +92,5 @@ class Report:
         for name in sorted(tensors):
             if name.endswith(".total"):
                 key = name.removesuffix(".total")
-                self.means[key] = Mean(*torch.zeros(2, device=self.device))
+                self._mean(key)
         copy_tensors(self.tensors(), tensors)

@@ -2,22 +2,24 @@
 
 Training follows the mixer table, evaluation takes the main mixer, `placement=` overrides both.
 
-    dispatch="host"   a Python branch on the table: only the chosen mixers run, on their own samples
-    dispatch="dense"  every mixer runs on every sample and the result is selected: the oracle
+    dispatch="device"  all mixers are launched, and their kernels follow the table
+    dispatch="host"    a Python branch on the table: the chosen mixers run, on their own samples
+    dispatch="dense"   every mixer runs on every sample and the result is selected: the oracle
 """
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.routing import MixerTable, Strategy, draw
 from .config import check_mixer_name
+from .device_dispatch import DeviceDispatch, RoutedMixer
 from .metrics import Mean, accumulate
 
-Dispatch = Literal["host", "dense"]
+Dispatch = Literal["device", "host", "dense"]
 
 # Keyword arguments whose tensors have a row per sample and follow a sample to its mixer. Tensors of
 # one row serve every sample.
@@ -54,7 +56,10 @@ class StochasticMixer(nn.Module):
     layer: this layer's row of the table.
     router: where the table comes from in training unless forward is given one.
     main_mixer_name: the mixer of evaluation; defaults to the first.
-    dispatch: host or dense.
+    dispatch: device, host or dense. With device, mixers are `tossup.Attention` or `tossup.Mamba`,
+        take no padding, packed sequences or cache while they follow a table, and find their
+        gradients written to `.grad` by the backward pass, which no hook sees. Activation memory is
+        the largest mixer's. `forget_gradients` replaces clearing them.
     num_outputs: 1 returns a tensor; 2 returns (out, None) as attention in transformers does; 3
         returns (out, None, past_key_values) as layers in fla do.
     batched_kwargs: names of further keyword arguments that have a row per sample.
@@ -92,8 +97,8 @@ class StochasticMixer(nn.Module):
         if layer < 0 or (router is not None and layer >= router.layers):
             layers = "a row of the table" if router is None else f"0 to {router.layers - 1}"
             raise ValueError(f"layer takes {layers}, got {layer}")
-        if dispatch not in ("host", "dense"):
-            raise ValueError(f"dispatch takes host or dense, got {dispatch!r}")
+        if dispatch not in get_args(Dispatch):
+            raise ValueError(f"dispatch takes device, host or dense, got {dispatch!r}")
         if num_outputs not in (1, 2, 3):
             raise ValueError(f"num_outputs takes 1, 2 or 3, got {num_outputs}")
         self.mixers = nn.ModuleDict(mixers)
@@ -103,6 +108,20 @@ class StochasticMixer(nn.Module):
         self.layer, self.router, self.dispatch = layer, router, dispatch
         self.num_outputs = num_outputs
         self.batched_kwargs = BATCHED_KWARGS | batched_kwargs
+        if dispatch == "device":
+            self._check_routed()
+        # int32, per mixer, on the device once there is one: above 0 its gradients are added to, as
+        # is right for what autograd or an optimizer left there; at 0 they are overwritten.
+        self.written: Tensor | None = None
+
+    def forget_gradients(self) -> None:
+        """Let the next backward pass overwrite the mixers' gradients, whatever they hold.
+
+        For device dispatch, in place of clearing them: memory that no mixer writes stays as it is,
+        so only an optimizer that knows which mixers were used may read it.
+        """
+        if self.written is not None:
+            self.written.zero_()
 
     def forward(
         self,
@@ -133,8 +152,8 @@ class StochasticMixer(nn.Module):
             out = call.run(chosen)
         else:
             self._check_table(chosen, len(hidden_states))
-            follow = self._dense if self.dispatch == "dense" else self._host
-            out = follow(call, chosen)
+            follow = {"device": self._device, "host": self._host, "dense": self._dense}
+            out = follow[self.dispatch](call, chosen)
         return (out, None, past_key_values)[: self.num_outputs] if self.num_outputs > 1 else out
 
     def _chosen(self, table: MixerTable | None, placement: str | None) -> MixerTable | str:
@@ -151,6 +170,33 @@ class StochasticMixer(nn.Module):
                 "or pass table= or placement="
             )
         return self.router.table
+
+    def _device(self, call: "Call", table: MixerTable) -> Tensor:
+        x = call.hidden_states
+        for key, value in call.kwargs.items():
+            if value is not None and value is not False:
+                raise ValueError(f"dispatch='device' takes no {key} while it follows a table")
+        if table.count.device != x.device:
+            raise ValueError(
+                f"the mixer table must be on {x.device}, as hidden_states are, got "
+                f"{table.count.device}"
+            )
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        if self.written is None or self.written.device != x.device:
+            self.written = torch.ones(len(self.names), dtype=torch.int32, device=x.device)
+        mixers = tuple(self.mixers.values())
+        extras = tuple(call.preprocessed_of(name) for name in self.names)
+        return DeviceDispatch.apply(
+            x,
+            mixers,
+            table.count[self.layer],
+            table.samples[self.layer],
+            self.written,
+            extras,
+            *self.mixers.parameters(),
+        )
 
     def _host(self, call: "Call", table: MixerTable) -> Tensor:
         counts = table.count[self.layer].tolist()
@@ -181,6 +227,21 @@ class StochasticMixer(nn.Module):
                 f"got layer {self.layer}, {len(self.names)} mixers and a batch of {batch}"
             )
 
+    def _check_routed(self) -> None:
+        owners: dict[Tensor, str] = {}
+        for name, mixer in self.mixers.items():
+            if not isinstance(mixer, RoutedMixer):
+                raise ValueError(
+                    "dispatch='device' takes mixers that follow a route, tossup.Attention and "
+                    f"tossup.Mamba, got {type(mixer).__name__} for {name}"
+                )
+            for parameter in mixer.parameters():
+                if owners.setdefault(parameter, name) != name:
+                    raise ValueError(
+                        "dispatch='device' takes mixers with parameters of their own, but "
+                        f"{owners[parameter]} and {name} share one"
+                    )
+
     def _check_name(self, key: str, name: str) -> None:
         if name not in self.names:
             raise ValueError(f"{key} takes one of the mixers {list(self.names)}, got {name!r}")
@@ -200,6 +261,16 @@ class Call:
     ):
         self.layer, self.hidden_states, self.kwargs = layer, hidden_states, kwargs
         self.preprocessed, self.reports = preprocessed, {"losses": losses, "metrics": metrics}
+
+    def preprocessed_of(self, name: str) -> dict[str, Any]:
+        """What was computed ahead for the named mixer, or is now if it was not."""
+        if name in self.preprocessed:
+            return dict(self.preprocessed[name])
+        preprocess = getattr(self.layer.mixers[name], "preprocess", None)
+        if preprocess is None:
+            return {}
+        x = self.hidden_states
+        return preprocess(torch.arange(x.shape[1], device=x.device))
 
     def run(self, name: str, rows: Tensor | None = None, taken: Tensor | None = None) -> Tensor:
         """The named mixer's output for `rows` (None: all).

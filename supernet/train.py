@@ -6,7 +6,7 @@ bit.
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from .devices import device_of
 from .errors import ConfigError
 from .evaluate import evaluate_model
 from .files import directory_atomically
+from .graphed_step import GraphedStep
 from .metrics import Mean
 from .model import SupernetModel, language_model_losses
 from .optimizer import GatedAdamW, clip_grad_norm, parameter_groups
@@ -36,6 +37,7 @@ from .run_folder import (
     write_config,
     write_record,
 )
+from .stochastic import StochasticMixer
 
 REPORT = "report."  # before the names of the report's sums, which optimizer.safetensors holds too
 
@@ -69,6 +71,12 @@ class Trainer:
         self.data = build_data(config.data, config.seed)
         self.step = 0
         self.report = Report(config.model.num_layers, self.model.mixer_names, self.device)
+        self.inputs = Inputs(self.device)
+        self.update = self.run_step
+        if self.options.graph:
+            self.update = graphed(self.run_step, self.device)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.inputs.rate
 
     def start(self) -> None:
         """Go back to the last checkpoint, if there is one, and forget what was logged after it."""
@@ -113,38 +121,42 @@ class Trainer:
 
     def train_step(self) -> None:
         """One update from the mean loss over all labelled tokens of the step's micro-batches."""
-        options = self.options
-        rate = learning_rate(options, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.report.rate = learning_rate(self.options, self.step)
+        if not self.options.graph:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.report.rate
+        first, accumulation = self.step * self.options.accumulation, self.options.accumulation
+        batches = [
+            self.data.batch(first + micro, self.options.batch_size) for micro in range(accumulation)
+        ]
+        self.inputs.fill(self.step, self.report.rate, batches)
+        self.update()
+
+    def run_step(self) -> None:
+        """The part of a step that is on the device, of what `inputs` holds there."""
         used = torch.zeros(
             self.config.model.num_layers, len(self.model.mixer_names), device=self.device
         )
-        first = self.step * options.accumulation
-        micro_batches = [
-            self.data.batch(first + micro, options.batch_size)
-            for micro in range(options.accumulation)
-        ]
-        labelled = sum(int((labels != IGNORED).sum()) for _, labels in micro_batches)
-        for micro, batch in enumerate(micro_batches):
+        for micro in range(self.options.accumulation):
             table = self.draw(micro)
-            self.loss(batch, table, max(1, labelled)).backward()
+            self.loss(micro, table).backward()
             used += table.count.to(self.device) if table else 0
-        norm = clip_grad_norm(self.optimizer, options.clip_norm or math.inf, used)
+        norm = clip_grad_norm(self.optimizer, self.options.clip_norm or math.inf, used)
         self.optimizer.step(used)
-        self.optimizer.zero_grad()
-        self.report.add_step(rate, norm)
+        forget_gradients(self.model, self.optimizer)
+        self.report.add_norm(norm)
 
     def draw(self, micro: int) -> MixerTable | None:
         if not self.config.model.is_supernet:
             return None
-        per_step = self.options.table_per == "step"
-        count = self.step if per_step else self.step * self.options.accumulation + micro
-        return self.model.draw(self.config.seed, count, self.options.batch_size)
+        step = self.inputs.step if self.options.dispatch == "device" else self.step
+        if self.options.table_per == "micro_batch":
+            step = step * self.options.accumulation + micro
+        return self.model.draw(self.config.seed, step, self.options.batch_size)
 
-    def loss(self, batch: Batch, table: MixerTable | None, labelled: int) -> Tensor:
-        """A micro-batch's part of a step's loss, in which `labelled` tokens have a label."""
-        tokens, labels = (part.to(self.device) for part in batch)
+    def loss(self, micro: int, table: MixerTable | None) -> Tensor:
+        """A micro-batch's part of the mean over all labelled tokens of the step."""
+        tokens, labels = self.inputs.tokens[micro], self.inputs.labels[micro]
         extra: dict[str, Mean] = {}
         metrics: dict[str, Mean] = {}
         bfloat16 = self.options.dtype == "bfloat16"
@@ -153,7 +165,7 @@ class Trainer:
         losses, counts = language_model_losses(logits, labels)
         self.report.add(losses.detach(), counts, table, {**extra, **metrics})
         auxiliary = sum(mean.value for mean in extra.values())
-        return losses.sum() / labelled + auxiliary / self.options.accumulation
+        return losses.sum() / self.inputs.labelled + auxiliary / self.options.accumulation
 
     def evaluate(self) -> dict[str, float]:
         batches = self.data.evaluation(self.options.evaluation_batches, self.options.batch_size)
@@ -189,6 +201,53 @@ class Trainer:
         self.report.load({name.removeprefix(REPORT): state.pop(name) for name in names})
         copy_tensors(optimizer_tensors(self.model, self.optimizer), state)
         self.step = int(folder.name)
+
+
+class Inputs:
+    """What differs from step to step, in memory on the device that stays where it is.
+
+    tokens, labels: (accumulation, batch_size, seqlen). labelled: float32, (), how many labels count
+    in the step. rate: float32, (). step: int64, ().
+    """
+
+    def __init__(self, device: torch.device):
+        self.tokens = torch.zeros(0, dtype=torch.int64, device=device)  # until the shape is known
+        self.labels = self.tokens
+        self.labelled, self.rate = torch.zeros(2, device=device)
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+
+    def fill(self, step: int, rate: float, batches: Sequence[Batch]) -> None:
+        tokens, labels = (torch.stack(parts) for parts in zip(*batches, strict=True))
+        if self.tokens.shape != tokens.shape:
+            self.tokens, self.labels = (
+                torch.empty_like(part, device=self.step.device) for part in (tokens, labels)
+            )
+        self.tokens.copy_(tokens)
+        self.labels.copy_(labels)
+        self.labelled.fill_(max(1, int((labels != IGNORED).sum())))
+        self.rate.fill_(rate)
+        self.step.fill_(step)
+
+
+def graphed(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """The step, to be captured. Raises ConfigError where the device captures nothing."""
+    if device.type != "cuda":
+        raise ConfigError(f"training.graph takes training.device cuda, got {device}")
+    return GraphedStep(step)
+
+
+def forget_gradients(model: SupernetModel, optimizer: GatedAdamW) -> None:
+    """Before the next step. Under device dispatch mixers keep the memory of their gradients."""
+    if model.dispatch != "device":
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:
+        if group["gate"] is None:
+            for parameter in group["params"]:
+                parameter.grad = None
+    for module in model.modules():
+        if isinstance(module, StochasticMixer):
+            module.forget_gradients()
 
 
 def learning_rate(options: TrainingConfig, step: int) -> float:

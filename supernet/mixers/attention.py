@@ -1,15 +1,21 @@
 """Grouped-query attention with rotary positions (Ainslie et al. 2023; Su et al. 2021), as in
 Mistral."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.flash_attention import flash_attention
+from ...kernels.flash_attention.ops import flash_attention_backward_op, flash_attention_into_op
+from ...kernels.precision import wide
 from ...kernels.rotary import rotary, rotary_angles
+from ...kernels.rotary.ops import rotary_in_place_op
 from .cache import LayerCache, cache_of
 from .packing import packing_of
+
+if TYPE_CHECKING:
+    from ..device_dispatch import Layout, Run
 
 
 class Attention(nn.Module):
@@ -87,9 +93,13 @@ class Attention(nn.Module):
             out = packing.unpack(out, batch, seqlen)
         return self.o_proj(out.flatten(-2))
 
+    @property
+    def left(self) -> int:
+        """How many tokens before its own a query sees; -1 is all."""
+        return -1 if self.window_size is None else self.window_size - 1
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **packed: Any) -> Tensor:
-        window = (-1 if self.window_size is None else self.window_size - 1, -1)
-        out = flash_attention(q, k, v, causal=True, window_size=window, **packed)
+        out = flash_attention(q, k, v, causal=True, window_size=(self.left, -1), **packed)
         assert isinstance(out, Tensor)
         return out
 
@@ -111,6 +121,58 @@ class Attention(nn.Module):
         if step.seq_idx is None:
             return out
         return out.masked_fill(step.seq_idx[..., None, None] == 0, 0)  # what padding sees is noise
+
+    def slot_layout(self, seqlen: int, dtype: torch.dtype, impl: str) -> "Layout":
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q": ((seqlen, queries), dtype),
+            "k": ((seqlen, keys), dtype),
+            "v": ((seqlen, keys), dtype),
+            "out": ((seqlen, queries), dtype),
+            "lse": ((self.heads, seqlen), wide(dtype)),
+        }
+
+    def routed_forward(self, run: "Run", x: Tensor, out: Tensor) -> None:
+        slot = run.slot
+        for name, layer in self.projections():
+            run.linear(slot[name], x, layer.weight)
+        q, k, v, attended = self.heads_of(slot["q"], slot["k"], slot["v"], slot["out"])
+        self.rotate(run, q, k)
+        flash_attention_into_op(
+            attended, slot["lse"], q, k, v, self.left, 0, self.head_dim**-0.5,
+            *run.tensors, run.impl,
+        )  # fmt: skip
+        run.linear(out, slot["out"], self.o_proj.weight)
+
+    def routed_backward(self, run: "Run", dout: Tensor, x: Tensor, dx: Tensor) -> None:
+        slot = run.slot
+        dattended = torch.empty_like(slot["out"], memory_format=torch.contiguous_format)
+        run.linear_backward(dout, slot["out"], dattended, self.o_proj.weight)
+        q, k, v, attended, d = self.heads_of(
+            slot["q"], slot["k"], slot["v"], slot["out"], dattended
+        )
+        dq, dk, dv = flash_attention_backward_op(
+            d, None, q, k, v, attended, slot["lse"], self.left, 0, self.head_dim**-0.5,
+            0.0, None, 0.0, None, None, None, None, None, *run.tensors, run.impl,
+        )  # fmt: skip
+        self.rotate(run, dq, dk, back=True)
+        gradients = dq.flatten(-2), dk.flatten(-2), dv.flatten(-2)
+        for (name, layer), gradient in zip(self.projections(), gradients, strict=True):
+            run.linear_backward(gradient, x, dx, layer.weight, add=name != "q")
+
+    def projections(self) -> tuple[tuple[str, nn.Linear], ...]:
+        return ("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj)
+
+    def heads_of(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.unflatten(-1, (-1, self.head_dim)) for tensor in tensors)
+
+    def rotate(self, run: "Run", *tensors: Tensor, back: bool = False) -> None:
+        """Turn queries and keys in place; back is by the opposite angles."""
+        if "angles" in run.extra:
+            cos, sin = run.extra["angles"]
+            sin = -sin if back else sin
+            for tensor in tensors:
+                rotary_in_place_op(tensor, cos, sin, False, *run.tensors, run.impl)
 
     def flops_per_token(self, seqlen: int) -> float:
         """Forward FLOPs, two per multiply-add, averaged over the places of a sequence."""

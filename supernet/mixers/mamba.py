@@ -6,18 +6,28 @@ keys and values of grouped-query attention, and the time step has a projection o
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.causal_conv1d import causal_conv1d
+from ...kernels.causal_conv1d.ops import causal_conv1d_backward_into_op, causal_conv1d_into_op
 from ...kernels.causal_conv1d_update import causal_conv1d_update
+from ...kernels.precision import wide
 from ...kernels.selective_scan import selective_scan
+from ...kernels.selective_scan.ops import (
+    CHUNKS,
+    selective_scan_backward_into_op,
+    selective_scan_into_op,
+)
 from ...kernels.selective_state_update import selective_state_update
 from .cache import LayerCache, cache_of, single_layer
 from .packing import packing_of
+
+if TYPE_CHECKING:
+    from ..device_dispatch import Layout, Run
 
 
 class Mamba(nn.Module):
@@ -92,6 +102,75 @@ class Mamba(nn.Module):
         dt = F.linear(dt, self.dt_proj.weight)
         y = scan(self, x, dt, B.unsqueeze(2), C.unsqueeze(2), z, seq_idx, cache)
         return self.out_proj(y)
+
+    def slot_layout(self, seqlen: int, dtype: torch.dtype, impl: str) -> "Layout":
+        chunks = math.ceil(seqlen / CHUNKS[impl])
+        return {
+            "xz": ((seqlen, 2 * self.d_inner), dtype),
+            "conv": ((seqlen, self.d_inner), dtype),
+            "projected": ((seqlen, self.dt_rank + 2 * self.d_state), dtype),
+            "dt": ((seqlen, self.d_inner), dtype),
+            "y": ((seqlen, self.d_inner), dtype),
+            "kept": ((chunks, self.d_state, self.d_inner), wide(dtype)),
+        }
+
+    def routed_forward(self, run: "Run", x: Tensor, out: Tensor) -> None:
+        slot = run.slot
+        run.linear(slot["xz"], x, self.in_proj.weight, self.in_proj.bias)
+        causal_conv1d_into_op(
+            slot["conv"], slot["xz"][..., : self.d_inner], *self.taps(), *run.tensors, "silu",
+            run.impl,
+        )  # fmt: skip
+        run.linear(slot["projected"], slot["conv"], self.x_proj.weight)
+        dt, _, _ = self.split(slot["projected"])
+        run.linear(slot["dt"], dt, self.dt_proj.weight)
+        selective_scan_into_op(slot["y"], slot["kept"], *self.scanned(run), True, run.impl)
+        run.linear(out, slot["y"], self.out_proj.weight, self.out_proj.bias)
+
+    def routed_backward(self, run: "Run", dout: Tensor, x: Tensor, dx: Tensor) -> None:
+        slot = run.slot
+        dy, dxz, dprojected = (
+            torch.empty_like(slot[name], memory_format=torch.contiguous_format)
+            for name in ("y", "xz", "projected")
+        )
+        run.linear_backward(dout, slot["y"], dy, self.out_proj.weight, self.out_proj.bias)
+        ddt_low, dB, dC = self.split(dprojected)
+        scanned = self.scanned(run)
+        dconv, ddt, dA, dD, dbias = selective_scan_backward_into_op(
+            dB.unsqueeze(2), dC.unsqueeze(2), dxz[..., self.d_inner :], dy, slot["kept"],
+            *scanned, True, run.impl,
+        )  # fmt: skip
+        run.add_gradient(self.A_log, dA * scanned[2])  # A = -exp(A_log) is its own derivative
+        run.add_gradient(self.D, dD)
+        run.add_gradient(self.dt_proj.bias, dbias)
+        dt, _, _ = self.split(slot["projected"])
+        run.linear_backward(ddt, dt, ddt_low, self.dt_proj.weight)
+        run.linear_backward(dprojected, slot["conv"], dconv, self.x_proj.weight, add=True)
+        taps, bias = self.taps()
+        dtaps, dbias = causal_conv1d_backward_into_op(
+            dxz[..., : self.d_inner], dconv, slot["xz"][..., : self.d_inner], taps, bias,
+            *run.tensors, "silu", run.impl,
+        )  # fmt: skip
+        run.add_gradient(self.conv1d.weight, dtaps)
+        run.add_gradient(self.conv1d.bias, dbias)
+        run.linear_backward(dxz, x, dx, self.in_proj.weight, self.in_proj.bias)
+
+    def taps(self) -> tuple[Tensor, Tensor | None]:
+        return self.conv1d.weight.squeeze(1), self.conv1d.bias
+
+    def split(self, projected: Tensor) -> tuple[Tensor, ...]:
+        """The low-rank time step, B and C."""
+        return projected.split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+
+    def scanned(self, run: "Run") -> tuple[Any, ...]:
+        """What the scan takes, from u to the route."""
+        slot = run.slot
+        _, B, C = self.split(slot["projected"])
+        return (
+            slot["conv"], slot["dt"], -self.A_log.float().exp(), B.unsqueeze(2), C.unsqueeze(2),
+            self.D.float(), slot["xz"][..., self.d_inner :], self.dt_proj.bias.float(),
+            *run.tensors,
+        )  # fmt: skip
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **_: object

@@ -165,7 +165,7 @@ def test_help_names_every_key(command, capsys):
     if command == "convert":
         assert "\n  input: required" in keys
         return
-    assert "\n  training.dispatch: host  (host | dense)" in keys
+    assert "\n  training.dispatch: host  (device | host | dense; who follows" in keys
     assert "\n  model.mixer.mixers.NAME.window_size: null  (tokens a query sees" in keys
     assert "\n  search.budgets: required" in keys and "\n  data.pairs: 8" in keys
     assert ("\n  checkpoint: null" in keys) == (command == "eval")

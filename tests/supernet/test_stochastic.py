@@ -258,7 +258,7 @@ def test_outputs_come_as_the_caller_expects_them():
     [
         (lambda: StochasticMixer({}), "mixers takes at least one mixer, got none"),
         (lambda: three(main_mixer_name="d"), r"main_mixer_name takes .*\['a', 'b', 'c'\], got 'd'"),
-        (lambda: three(dispatch="guess"), "dispatch takes host or dense, got 'guess'"),
+        (lambda: three(dispatch="guess"), "dispatch takes device, host or dense, got 'guess'"),
         (
             lambda: three(router=Router(Strategy(mixers=2), 1)),
             "router draws among 2 mixers, got 3 of them",

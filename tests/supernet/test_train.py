@@ -152,7 +152,9 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         "dtype": "bfloat16",
         "device": "cpu:0",
     }
-    assert others.keys() | CHANGEABLE == set(TrainingConfig.model_fields)
+    with_device_dispatch = {"graph"}  # which is another run already
+    fields = others.keys() | CHANGEABLE | with_device_dispatch
+    assert fields == set(TrainingConfig.model_fields)
     for key, value in others.items():
         with pytest.raises(ConfigError, match=f"holds a run whose training.{key} is .*, not "):
             train(run_config(tmp_path, **{"steps": 2, key: value}))
@@ -532,3 +534,35 @@ def test_the_rate_warms_up_and_falls_along_a_cosine():
     rates = [learning_rate(options, step) for step in range(111)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and rates[10] == 1.0
     assert rates[60] == pytest.approx(0.6) and rates[110] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_device_dispatch_trains_as_host_dispatch_does(tmp_path, accumulation):
+    """The same losses and weights, though gradients lie where the last step left its own."""
+    losses, weights = [], []
+    for dispatch in ("device", "host"):
+        values = run_values(tmp_path / dispatch, dispatch=dispatch, accumulation=accumulation)
+        values["model"]["mixer"]["mixers"] = {
+            "attention": {"type": "attention", "heads": 4, "kv_heads": 2},
+            "mamba": {"type": "mamba1", "d_state": 4},
+        }
+        train(RunConfig.model_validate(values))
+        records = (tmp_path / dispatch / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(record)["loss"] for record in records])
+        weights.append(load_file(latest_checkpoint(tmp_path / dispatch) / "model.safetensors"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+
+
+def test_device_dispatch_names_a_mixer_that_follows_no_route(tmp_path):
+    with pytest.raises(ValueError, match="of type attention and mamba1, got mamba for mamba"):
+        run_config(tmp_path, dispatch="device")
+
+
+def test_a_graph_takes_device_dispatch_and_cuda(tmp_path):
+    with pytest.raises(ValueError, match="graph takes dispatch device, got host"):
+        run_config(tmp_path, graph=True)
+    values = run_values(tmp_path, dispatch="device", graph=True)
+    values["model"]["mixer"]["mixers"]["mamba"] = {"type": "mamba1", "d_state": 4}
+    with pytest.raises(ConfigError, match=r"graph takes training\.device cuda, got cpu"):
+        Trainer(RunConfig.model_validate(values))

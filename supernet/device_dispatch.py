@@ -1,0 +1,177 @@
+"""Device dispatch: all mixers of a layer are launched, and the kernels follow the mixer table.
+
+A layer is one step of autograd. Its mixers write their forward and backward passes out, over memory
+that is given to them, so that each sample has one writer: the mixer it is routed to writes its rows
+of the output, of dx, and its slot. Nothing is summed or selected afterwards, and the host never
+learns who ran.
+
+A slot holds what the mixer keeps of one sample for the backward pass. All mixers lay their tensors
+out in the same slots, which are as large as the largest mixer needs, not as all of them together.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..kernels.backend import Backend, resolve_impl
+from ..kernels.linear import linear_into, weight_gradient_into
+from ..kernels.routing import Route
+
+ALIGNMENT = 128  # bytes: a cache line, and more than any vector load or copy engine asks for
+
+Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@runtime_checkable
+class RoutedMixer(Protocol):
+    """A mixer that device dispatch can launch: its passes write into given memory, by a route."""
+
+    def slot_layout(self, seqlen: int, dtype: torch.dtype, impl: str) -> Layout:
+        """Shape and dtype, for one sample, of every tensor that forward keeps for backward."""
+
+    def routed_forward(self, run: "Run", x: Tensor, out: Tensor) -> None:
+        """Write the route's samples of the output, and their slots."""
+
+    def routed_backward(self, run: "Run", dout: Tensor, x: Tensor, dx: Tensor) -> None:
+        """Write the route's samples of dx, and add to the gradients of the parameters."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One mixer's part in one pass of a layer.
+
+    route: its samples. slot: its tensors by name, (batch, …), each sample's within the sample's
+    slot. written: int32, (), on the device: 0 where the gradients of its parameters hold nothing
+    yet. extra: what was computed for it ahead, such as rotary angles.
+    """
+
+    route: Route
+    slot: Mapping[str, Tensor]
+    written: Tensor
+    impl: Backend
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The route as ops take it."""
+        return self.route.count, self.route.samples
+
+    def linear(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        linear_into(out, x, weight, bias, route=self.route, impl=self.impl)
+
+    def linear_backward(
+        self,
+        dout: Tensor,
+        x: Tensor,
+        dx: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        add: bool = False,
+    ) -> None:
+        """Write dx, or add to it, and the gradients of weight and bias."""
+        linear_into(dx, dout, weight.t(), accumulate=add, route=self.route, impl=self.impl)
+        if weight.requires_grad:
+            bias_grad = gradient_of(bias) if bias is not None and bias.requires_grad else None
+            weight_gradient_into(
+                gradient_of(weight),
+                dout,
+                x,
+                bias_grad=bias_grad,
+                written=self.written,
+                route=self.route,
+                impl=self.impl,
+            )
+
+    def add_gradient(self, parameter: Tensor | None, gradient: Tensor) -> None:
+        """What a small parameter's op returned; with no sample, the gradient stays as it is."""
+        if parameter is None or not parameter.requires_grad:
+            return
+        total = gradient_of(parameter)
+        before = torch.where(self.written > 0, total, 0)
+        total.copy_(torch.where(self.route.count > 0, before + gradient.view_as(total), total))
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """The memory of its gradient; zeros where there was none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return parameter.grad
+
+
+def slot_bytes(layout: Layout) -> int:
+    return sum(aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in layout.values())
+
+
+def aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def carve(slots: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """A mixer's tensors (batch, …), one behind the other in each sample's slot.
+
+    slots: (batch, bytes), uint8.
+    """
+    tensors, start = {}, 0
+    for name, (shape, dtype) in layout.items():
+        size = math.prod(shape) * dtype.itemsize
+        tensors[name] = slots[:, start : start + size].view(dtype).unflatten(1, shape)
+        start += aligned(size)
+    return tensors
+
+
+class DeviceDispatch(torch.autograd.Function):
+    """A layer's mixers on their samples: (batch, seqlen, hidden) to the same.
+
+    count: (mixers,), samples: (mixers, batch): the layer's part of the plan. written: (mixers,),
+    as in Run. extras: each mixer's. parameters: the mixers' own, so that autograd knows of them;
+    their gradients are written in the backward pass, not returned.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mixers: Sequence[RoutedMixer],
+        count: Tensor,
+        samples: Tensor,
+        written: Tensor,
+        extras: Sequence[Mapping[str, Any]],
+        *parameters: Tensor,
+    ) -> Tensor:
+        impl = resolve_impl("auto", x.device)
+        if impl == "reference":
+            raise ValueError("TOSSUP_IMPL must be auto, triton or cpu for dispatch='device'")
+        layouts = [mixer.slot_layout(x.shape[1], x.dtype, impl) for mixer in mixers]
+        size = max(slot_bytes(layout) for layout in layouts)
+        slots = torch.empty((len(x), size), dtype=torch.uint8, device=x.device)
+        ctx.mixers, ctx.layouts, ctx.extras = mixers, layouts, extras
+        ctx.written, ctx.impl = written, impl
+        out = x.new_empty(x.shape)
+        for mixer, run in runs(ctx, slots, count, samples):
+            mixer.routed_forward(run, x, out)
+        ctx.save_for_backward(x, slots, count, samples)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, slots, count, samples = ctx.saved_tensors
+        dx = x.new_empty(x.shape)
+        for mixer, run in runs(ctx, slots, count, samples):
+            mixer.routed_backward(run, dout, x, dx)
+        torch.maximum(ctx.written, count, out=ctx.written)
+        return dx, *(None,) * (len(ctx.needs_input_grad) - 1)
+
+
+def runs(
+    ctx: Any, slots: Tensor, count: Tensor, samples: Tensor
+) -> Iterator[tuple[RoutedMixer, Run]]:
+    """Each mixer and its part, one after the other."""
+    for index, mixer in enumerate(ctx.mixers):
+        route = Route(count[index], samples[index])
+        slot = carve(slots, ctx.layouts[index])
+        yield mixer, Run(route, slot, ctx.written[index], ctx.impl, ctx.extras[index])

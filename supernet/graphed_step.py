@@ -1,0 +1,42 @@
+"""A whole training step as one CUDA graph: captured once, replayed for every mixer table."""
+
+from collections.abc import Callable
+
+import torch
+
+
+class GraphedStep:
+    """Runs a step eagerly at first, captures it, and from then on replays it.
+
+    step: draw, forward, backward, clipping and optimizer, all on one CUDA device. It reads its
+        inputs from tensors that stay where they are, which the caller fills before each call, and
+        draws its table from a counter that it advances itself. It asks the device nothing.
+    warmup: how many of the first calls run eagerly, which compiles kernels and makes the memory
+        that outlives a step. They are steps like any other.
+
+    Raises ValueError where there is no CUDA. A step that cannot be captured raises torch's error.
+    """
+
+    def __init__(self, step: Callable[[], object], warmup: int = 3):
+        if not torch.cuda.is_available():
+            raise ValueError("a step is captured in a CUDA graph, but there is no CUDA device")
+        self.step, self.warmup = step, warmup
+        self.stream = torch.cuda.Stream()  # nothing is captured on the default one
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if self.warmup > 0:
+            self.warmup -= 1
+            self._eagerly()
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.step()
+        self.graph.replay()
+
+    def _eagerly(self) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.step()
+        torch.cuda.current_stream().wait_stream(self.stream)

@@ -1,0 +1,208 @@
+"""Device dispatch beside host and dense dispatch, its memory, and what its backward pass writes."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tossup
+from tossup.kernels.routing import MixerTable
+from tossup.supernet.config import ModelConfig
+from tossup.supernet.device_dispatch import carve, slot_bytes
+from tossup.supernet.mixers import Attention, Mamba
+from tossup.supernet.model import SupernetModel, language_model_losses
+from tossup.supernet.stochastic import StochasticMixer
+
+MIXERS = {
+    "attention": {"type": "attention", "heads": 4, "kv_heads": 2, "head_dim": 6},
+    "window": {"type": "attention", "heads": 2, "window_size": 3, "rope_theta": None},
+    "mamba": {"type": "mamba1", "d_state": 4},
+}
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+every_backend = pytest.mark.parametrize(
+    "impl", ["cpu", pytest.param("triton", marks=pytest.mark.skipif(not interpreted, reason=""))]
+)
+
+
+def model_of(dispatch: str, layers: int = 2) -> SupernetModel:
+    torch.manual_seed(0)
+    config = ModelConfig.model_validate(
+        {
+            "vocab_size": 32,
+            "hidden_size": 16,
+            "num_layers": layers,
+            "intermediate_size": 24,
+            "initializer_range": 0.2,
+            "mixer": {"type": "stochastic", "mixers": MIXERS, "per_sample": True},
+        }
+    )
+    return SupernetModel(config, dispatch).train()
+
+
+def table_of(*rows: list[int]) -> MixerTable:
+    return MixerTable.of(torch.tensor(rows), mixers=3, batch=4)
+
+
+TABLES = {
+    "every mixer": table_of([0, 1, 2, 2], [2, 0, 1, 0]),
+    "one mixer": table_of([2, 2, 2, 2], [0, 0, 0, 0]),
+    "two mixers": table_of([1, 0, 1, 0], [2, 2, 1, 2]),
+}
+
+
+def losses_and_gradients(model: SupernetModel, table: MixerTable, seed: int = 1) -> list[Tensor]:
+    tokens = torch.randint(32, (4, 21), generator=torch.Generator().manual_seed(seed))
+    losses, _ = language_model_losses(model(tokens, table=table), tokens.roll(-1, 1))
+    losses.sum().backward()
+    grads = [p.grad for p in model.parameters()]
+    zeros = [torch.zeros_like(p) for p in model.parameters()]
+    return [
+        losses.detach(),
+        *(z if g is None else g.clone() for g, z in zip(grads, zeros, strict=True)),
+    ]
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+@every_backend
+def test_agrees_with_host_and_dense(impl, table, monkeypatch):
+    theirs = [losses_and_gradients(model_of(dispatch), table) for dispatch in ("host", "dense")]
+    monkeypatch.setenv("TOSSUP_IMPL", impl)
+    ours = losses_and_gradients(model_of("device"), table)
+    for expected in theirs:
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_with_other_tables_add_up(monkeypatch):
+    """The first one overwrites what is there, later ones add to it; an unused mixer's stays."""
+    tables = [table_of([0, 0, 0, 2], [2, 2, 2, 2]), table_of([0, 2, 2, 0], [2, 0, 2, 2])]
+    host, device = model_of("host"), model_of("device")
+    for seed, table in enumerate(tables):
+        expected = losses_and_gradients(host, table, seed)[1:]
+    names = [name for name, _ in device.named_parameters()]
+    for name, parameter in device.named_parameters():
+        gated = device.gate_of(name) is not None
+        parameter.grad = torch.full_like(parameter, float("nan")) if gated else None
+    for block in device.layers:
+        block.mixer.written = torch.zeros(3, dtype=torch.int32)
+    for seed, table in enumerate(tables):
+        ours = losses_and_gradients(device, table, seed)[1:]
+    assert [block.mixer.written.tolist() for block in device.layers] == [[3, 0, 2], [1, 0, 4]]
+    for name, got, wanted in zip(names, ours, expected, strict=True):
+        if ".mixers.window." in name:
+            assert got.isnan().all(), name
+        else:
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_frozen_parameter_gets_no_gradient():
+    model = model_of("device")
+    frozen = {"o_proj.weight", "A_log", "x_proj.weight"}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(name.endswith(part) for part in frozen))
+    losses_and_gradients(model, TABLES["every mixer"])
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (not parameter.requires_grad), name
+
+
+@pytest.mark.parametrize("only", ["attention", "mamba"])
+def test_what_a_mixer_keeps_fits_into_a_slot_of_the_largest(only):
+    """Within 5 % of what autograd itself keeps of that mixer alone, inputs and weights aside."""
+    torch.manual_seed(0)
+    mixers = {"attention": Attention(64, 4, kv_heads=2), "mamba": Mamba(64, d_state=8)}
+    x = torch.randn(3, 64, 64, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    own = {t.untyped_storage().data_ptr() for t in (x, *mixers[only].parameters())}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        mixers[only](x)
+    by_autograd = sum(size for place, size in kept.items() if place not in own)
+    layout = mixers[only].slot_layout(64, x.dtype, "cpu")
+    assert len(x) * slot_bytes(layout) <= 1.05 * by_autograd
+
+
+def test_a_layer_holds_the_largest_mixers_slots_not_the_sum():
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.uint8:
+            saved.append(tensor.nbytes)
+        return tensor
+
+    model = model_of("device", layers=1)
+    tokens = torch.zeros(4, 21, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens, table=table_of([0, 1, 2, 2]))
+    layouts = [
+        m.slot_layout(21, torch.float32, "cpu") for m in model.layers[0].mixer.mixers.values()
+    ]
+    assert saved == [4 * max(map(slot_bytes, layouts))]
+
+
+def test_tensors_of_a_slot_do_not_overlap_and_stay_within_their_sample():
+    layout = {"a": ((3, 5), torch.bfloat16), "b": ((7,), torch.float32), "c": ((1,), torch.uint8)}
+    slots = torch.zeros(2, slot_bytes(layout), dtype=torch.uint8)
+    tensors = carve(slots, layout)
+    for value, (name, (shape, dtype)) in enumerate(layout.items(), 1):
+        assert tensors[name].shape == (2, *shape) and tensors[name].dtype == dtype
+        assert tensors[name].data_ptr() % 16 == slots.data_ptr() % 16
+        tensors[name][1].fill_(value)
+    assert all((tensors[n][1] == v).all() for v, n in enumerate(layout, 1))
+    assert (slots[0] == 0).all()
+
+
+def test_autocast_computes_in_bfloat16():
+    model, table = model_of("device", layers=1), table_of([0, 1, 2, 2])
+    hidden = torch.randn(4, 9, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model.layers[0].mixer(hidden, table=table)
+    exact = model_of("host", layers=1).layers[0].mixer(hidden, table=table)
+    assert out.dtype == torch.bfloat16
+    assert (out - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+class TestRefusals:
+    def test_mixers_that_follow_no_route(self):
+        with pytest.raises(ValueError, match=r"takes mixers that follow a route.* got Linear for"):
+            StochasticMixer({"linear": nn.Linear(4, 4)}, dispatch="device")
+
+    def test_mixers_that_share_a_parameter(self):
+        one, other = Attention(16, 2), Attention(16, 2)
+        other.q_proj = one.q_proj
+        with pytest.raises(ValueError, match="one and other share one"):
+            StochasticMixer({"one": one, "other": other}, dispatch="device")
+
+    def test_padding(self):
+        layer = model_of("device", layers=1).layers[0].mixer
+        mask = torch.ones(4, 9)
+        with pytest.raises(ValueError, match="takes no attention_mask while it follows a table"):
+            layer(torch.zeros(4, 9, 16), mask, table=table_of([0, 1, 2, 2]))
+
+    def test_a_table_elsewhere(self):
+        layer = model_of("device", layers=1).layers[0].mixer.to("meta")
+        with pytest.raises(ValueError, match="must be on meta, as hidden_states are, got cpu"):
+            layer(torch.zeros(4, 9, 16, device="meta"), table=table_of([0, 1, 2, 2]))
+
+
+def test_evaluation_takes_the_main_mixer_as_ever():
+    device, host = model_of("device").eval(), model_of("host").eval()
+    tokens = torch.arange(20).view(2, 10)
+    torch.testing.assert_close(device(tokens), host(tokens))
+
+
+def test_a_drop_in_layer_finds_its_angles_itself():
+    torch.manual_seed(0)
+    mixers = {"attention": Attention(16, 2), "mamba": Mamba(16)}
+    strategy = tossup.Strategy(mixers=2, per_sample=True)
+    x = torch.randn(5, 7, 16)
+    outs = []
+    for dispatch in ("device", "host"):
+        router = tossup.Router(strategy, layers=1, seed=4)
+        layer = StochasticMixer(mixers, router=router, dispatch=dispatch, num_outputs=2)
+        router.draw(batch=5)
+        outs.append(layer(x)[0])
+    torch.testing.assert_close(*outs)
