@@ -31,6 +31,7 @@ PYTHON
 # Tests of Triton put their tensors on the GPU; the others run on the CPU.
 run kernels 400 python3 -m pytest -q --durations 20 tests/kernels
 run graph 120 python3 -m pytest -q tests/supernet/test_graphed_step.py
+run dispatch 240 python3 bench/dispatch.py --output "$LOGS/dispatch.json"
 for tool in memcheck racecheck initcheck; do
 	run "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 bench/sanitize.py
 done
