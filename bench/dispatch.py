@@ -6,11 +6,11 @@ item    drawn as a CUDA tensor, read with .item(), a Python branch: what Tossup 
 host    drawn on the CPU, a Python branch
 device  all mixers launched, the kernels follow the table
 graph   the same step in one CUDA graph
-static  one mixer per layer, chosen beforehand, in one CUDA graph: what no dispatch at all would cost
+static  one mixer per layer, chosen beforehand, in one CUDA graph: a step without any dispatch
 
 The first two run attention on torch's own kernels, cuDNN's where it can, and Mamba on mamba-ssm's
-CUDA scan where it is built; the record names what ran. Every way trains the same weights, on bfloat16,
-with the same optimizer. Whole batches are routed, as the branches need.
+CUDA scan where it is built; the record names what ran. All ways train in bfloat16 with the same
+optimizer, and route whole batches, as the branches need.
 """
 
 import argparse

@@ -270,6 +270,29 @@ def test_takes_any_strides(impl, chosen, small_tiles):
 
 
 @every_backend
+@pytest.mark.parametrize(
+    "far, strides",
+    [
+        ("x", (2**30 + 8, 8, 1)),
+        ("x", (8, 2**31 - 8, 1)),
+        ("out", (2**30 + 8, 3, 1)),
+        ("weight", (2**30 + 8, 1)),
+        ("grad", (2**30 + 8, 1)),
+    ],
+)
+def test_offsets_that_only_64_bits_hold_of_strides_that_32_do(impl, far, strides):
+    x, weight, _, out = operands(3, 2, 8, 3, torch.bfloat16)
+    near = {"x": x, "weight": weight, "out": out, "grad": weight.clone()}
+    spread = torch.empty_strided(near[far].shape, strides, dtype=torch.bfloat16)  # hardly touched
+    results = []
+    for tensors in (near | {far: spread.copy_(near[far])}, near):
+        linear_into(tensors["out"], tensors["x"], tensors["weight"], impl=impl)
+        weight_gradient_into(tensors["grad"], tensors["out"], tensors["x"], impl=impl)
+        results.append([tensors["out"], tensors["grad"]])
+    torch.testing.assert_close(*results)
+
+
+@every_backend
 @pytest.mark.parametrize("chosen", [None, (1,)])
 def test_the_data_gradient_is_the_product_with_the_transposed_weight(impl, chosen, small_tiles):
     x, weight, _, dout = operands(2, 19, 21, 18, torch.float32)
