@@ -75,17 +75,18 @@ class Run:
     ) -> None:
         """Write dx, or add to it, and the gradients of weight and bias."""
         linear_into(dx, dout, weight.t(), accumulate=add, route=self.route, impl=self.impl)
-        if weight.requires_grad:
-            bias_grad = gradient_of(bias) if bias is not None and bias.requires_grad else None
-            weight_gradient_into(
-                gradient_of(weight),
-                dout,
-                x,
-                bias_grad=bias_grad,
-                written=self.written,
-                route=self.route,
-                impl=self.impl,
-            )
+        bias_grad = gradient_of(bias) if bias is not None and bias.requires_grad else None
+        if not weight.requires_grad and bias_grad is None:
+            return
+        weight_gradient_into(
+            gradient_of(weight) if weight.requires_grad else torch.empty_like(weight),
+            dout,
+            x,
+            bias_grad=bias_grad,
+            written=self.written,
+            route=self.route,
+            impl=self.impl,
+        )
 
     def add_gradient(self, parameter: Tensor | None, gradient: Tensor) -> None:
         """What a small parameter's op returned; with no sample, the gradient stays as it is."""

@@ -105,6 +105,22 @@ def test_a_frozen_parameter_gets_no_gradient():
         assert (parameter.grad is None) == (not parameter.requires_grad), name
 
 
+def test_a_bias_trains_beside_a_frozen_weight():
+    torch.manual_seed(0)
+    mixers = {"one": Mamba(16, bias=True), "other": Mamba(16, bias=True)}
+    for mixer in mixers.values():
+        mixer.in_proj.weight.requires_grad_(False)
+    x, table = torch.randn(4, 7, 16), MixerTable.of(torch.tensor([[0, 1, 1, 0]]), 2, 4)
+    gradients = []
+    for dispatch in ("device", "host"):
+        layer = StochasticMixer(mixers, dispatch=dispatch)
+        layer(x.requires_grad_(), table=table).square().sum().backward()
+        gradients.append([mixer.in_proj.bias.grad.clone() for mixer in mixers.values()])
+        assert mixers["one"].in_proj.weight.grad is None
+        layer.zero_grad()
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("only", ["attention", "mamba"])
 def test_what_a_mixer_keeps_fits_into_a_slot_of_the_largest(only):
     """Within 5 % of what autograd itself keeps of that mixer alone, inputs and weights aside."""
