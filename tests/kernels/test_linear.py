@@ -169,6 +169,14 @@ def test_into_rounds_once(impl):
     assert out.item() == 1 + 2.0**-7
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_into_rounds_weights_to_the_dtype_of_x(impl):
+    x, weight, bias, out = operands(2, 5, 12, 9, torch.bfloat16, torch.float32)
+    exact, out = exactly(x, weight, bias, out)[0], out.float()
+    linear_into(out, x, weight, bias, impl=impl)
+    assert (out.double() - exact).abs().max() <= budget(exact, exact.float())
+
+
 @every_impl
 @every_route
 @pytest.mark.parametrize("written", [None, 0, 1, 7])
@@ -274,14 +282,14 @@ def test_takes_any_strides(impl, chosen, small_tiles):
     "far, strides",
     [
         ("x", (2**30 + 8, 8, 1)),
-        ("x", (8, 2**31 - 8, 1)),
+        ("x", (8, 2**29 + 8, 1)),
         ("out", (2**30 + 8, 3, 1)),
         ("weight", (2**30 + 8, 1)),
         ("grad", (2**30 + 8, 1)),
     ],
 )
 def test_offsets_that_only_64_bits_hold_of_strides_that_32_do(impl, far, strides):
-    x, weight, _, out = operands(3, 2, 8, 3, torch.bfloat16)
+    x, weight, _, out = operands(3, 5, 8, 3, torch.bfloat16)
     near = {"x": x, "weight": weight, "out": out, "grad": weight.clone()}
     spread = torch.empty_strided(near[far].shape, strides, dtype=torch.bfloat16)  # hardly touched
     results = []
@@ -460,6 +468,9 @@ WRONG = {
     r"bias must be .* \(6,\), got .* \(5,\)": lambda x, w, b: linear(x, w, b[:5]),
     "bias must be floating, .* got torch.int32": lambda x, w, b: linear(x, w, b.int()),
     r"out must be .* \(2, 5, 6\), got .* \(2, 5, 8\)": lambda x, w, b: linear_into(x, x, w, b),
+    "dout must be floating, .* got torch.int64": (
+        lambda x, w, b: weight_gradient_into(w, x[..., :6].long(), x)
+    ),
     r"dout must be .* = \(2, 5, …\) in x's dtype torch.float32, got .* torch.bfloat16": (
         lambda x, w, b: weight_gradient_into(w, x[..., :6].bfloat16(), x)
     ),

@@ -563,6 +563,6 @@ def test_a_graph_takes_device_dispatch_and_cuda(tmp_path):
     with pytest.raises(ValueError, match="graph takes dispatch device, got host"):
         run_config(tmp_path, graph=True)
     values = run_values(tmp_path, dispatch="device", graph=True)
-    values["model"]["mixer"]["mixers"]["mamba"] = {"type": "mamba1", "d_state": 4}
+    values["model"]["mixer"]["mixers"] = {"mamba": {"type": "mamba1", "d_state": 4}}
     with pytest.raises(ConfigError, match=r"graph takes training\.device cuda, got cpu"):
         Trainer(RunConfig.model_validate(values))
