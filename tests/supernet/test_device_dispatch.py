@@ -20,8 +20,9 @@ MIXERS = {
     "mamba": {"type": "mamba1", "d_state": 4},
 }
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+needs_interpreter = pytest.mark.skipif(not interpreted, reason="tensors are on the CPU")
 every_backend = pytest.mark.parametrize(
-    "impl", ["cpu", pytest.param("triton", marks=pytest.mark.skipif(not interpreted, reason=""))]
+    "impl", ["cpu", pytest.param("triton", marks=needs_interpreter)]
 )
 
 
