@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..kernels.backend import Backend, resolve_impl
 from ..kernels.linear import linear_into, weight_gradient_into
@@ -159,6 +160,7 @@ class DeviceDispatch(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, slots, count, samples = ctx.saved_tensors
         dx = x.new_empty(x.shape)

@@ -26,6 +26,7 @@ def evaluate_placements(
     """
     device, count = model.lm_head.weight.device, len(placements)
     indices = torch.tensor([[model.mixer_names.index(name) for name in p] for p in placements])
+    indices = indices.to(device if model.dispatch == "device" else "cpu")  # where it is followed
     tallies = []
     with evaluating(model):
         for tokens, labels in batches:

@@ -11,8 +11,8 @@ class GraphedStep:
     step: draw, forward, backward, clipping and optimizer, all on one CUDA device. It reads its
         inputs from tensors that stay where they are, which the caller fills before each call, and
         draws its table from a counter that it advances itself. It asks the device nothing.
-    warmup: how many of the first calls run eagerly, which compiles kernels and makes the memory
-        that outlives a step. They are steps like any other.
+    warmup: how many of the first calls run eagerly, at least 1: that compiles kernels and makes
+        the memory that outlives a step. They are steps like any other.
 
     Raises ValueError where there is no CUDA. A step that cannot be captured raises torch's error.
     """
@@ -20,6 +20,8 @@ class GraphedStep:
     def __init__(self, step: Callable[[], object], warmup: int = 3):
         if not torch.cuda.is_available():
             raise ValueError("a step is captured in a CUDA graph, but there is no CUDA device")
+        if warmup < 1:
+            raise ValueError(f"warmup takes at least 1, got {warmup}")
         self.step, self.warmup = step, warmup
         self.stream = torch.cuda.Stream()  # nothing is captured on the default one
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -30,9 +32,10 @@ class GraphedStep:
             self._eagerly()
             return
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
                 self.step()
+            self.graph = graph
         self.graph.replay()
 
     def _eagerly(self) -> None:

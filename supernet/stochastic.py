@@ -159,6 +159,11 @@ class StochasticMixer(nn.Module):
     def _chosen(self, table: MixerTable | None, placement: str | None) -> MixerTable | str:
         if placement is not None:
             self._check_name("placement", placement)
+            if self.dispatch == "device" and self.training and torch.is_grad_enabled():
+                raise ValueError(
+                    "dispatch='device' trains by a mixer table: pass table= for placement=, such "
+                    "as MixerTable.of a table of one row per layer"
+                )
             return placement
         if table is not None:
             return table
@@ -185,7 +190,8 @@ class StochasticMixer(nn.Module):
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         if self.written is None or self.written.device != x.device:
-            self.written = torch.ones(len(self.names), dtype=torch.int32, device=x.device)
+            with torch.inference_mode(False):  # a later backward pass writes it
+                self.written = torch.ones(len(self.names), dtype=torch.int32, device=x.device)
         mixers = tuple(self.mixers.values())
         extras = tuple(call.preprocessed_of(name) for name in self.names)
         return DeviceDispatch.apply(
@@ -235,11 +241,11 @@ class StochasticMixer(nn.Module):
                     "dispatch='device' takes mixers that follow a route, tossup.Attention and "
                     f"tossup.Mamba, got {type(mixer).__name__} for {name}"
                 )
-            for parameter in mixer.parameters():
-                if owners.setdefault(parameter, name) != name:
+            for path, parameter in mixer.named_parameters(name, remove_duplicate=False):
+                if owners.setdefault(parameter, path) != path:
                     raise ValueError(
-                        "dispatch='device' takes mixers with parameters of their own, but "
-                        f"{owners[parameter]} and {name} share one"
+                        "dispatch='device' writes each parameter's gradient once, but "
+                        f"{owners[parameter]} and {path} are the same"
                     )
 
     def _check_name(self, key: str, name: str) -> None:

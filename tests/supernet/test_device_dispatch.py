@@ -10,6 +10,7 @@ import tossup
 from tossup.kernels.routing import MixerTable
 from tossup.supernet.config import ModelConfig
 from tossup.supernet.device_dispatch import carve, slot_bytes
+from tossup.supernet.evaluate import evaluate_placements
 from tossup.supernet.mixers import Attention, Mamba
 from tossup.supernet.model import SupernetModel, language_model_losses
 from tossup.supernet.stochastic import StochasticMixer
@@ -190,8 +191,24 @@ class TestRefusals:
     def test_mixers_that_share_a_parameter(self):
         one, other = Attention(16, 2), Attention(16, 2)
         other.q_proj = one.q_proj
-        with pytest.raises(ValueError, match="one and other share one"):
+        with pytest.raises(ValueError, match=r"one\.q_proj.weight and other\.q_proj.weight are"):
             StochasticMixer({"one": one, "other": other}, dispatch="device")
+        one.k_proj = one.v_proj
+        with pytest.raises(ValueError, match=r"one\.k_proj.weight and one\.v_proj.weight are the"):
+            StochasticMixer({"one": one}, dispatch="device")
+
+    def test_a_placement_to_train(self):
+        layer = model_of("device", layers=1).layers[0].mixer
+        with pytest.raises(ValueError, match=r"pass table= for placement="):
+            layer(torch.zeros(4, 9, 16), placement="mamba")
+
+    def test_a_second_derivative(self):
+        layer = model_of("device", layers=1).layers[0].mixer
+        x = torch.randn(4, 9, 16, requires_grad=True)
+        out = layer(x, table=table_of([0, 1, 2, 2]))
+        (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            dx.sum().backward()
 
     def test_padding(self):
         layer = model_of("device", layers=1).layers[0].mixer
@@ -203,6 +220,20 @@ class TestRefusals:
         layer = model_of("device", layers=1).layers[0].mixer.to("meta")
         with pytest.raises(ValueError, match="must be on meta, as hidden_states are, got cpu"):
             layer(torch.zeros(4, 9, 16, device="meta"), table=table_of([0, 1, 2, 2]))
+
+
+def test_placements_are_scored_where_the_model_is():
+    model = model_of("device").to("meta")
+    batch = torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 9, dtype=torch.int64)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):  # when it reads scores
+        evaluate_placements(model, [batch], [("mamba", "window"), ("window", "mamba")])
+
+
+def test_an_inference_before_training_changes_nothing():
+    model, table = model_of("device"), TABLES["every mixer"]
+    with torch.inference_mode():
+        model(torch.zeros(4, 9, dtype=torch.int64), table=table)
+    losses_and_gradients(model, table)
 
 
 def test_evaluation_takes_the_main_mixer_as_ever():
