@@ -1,6 +1,7 @@
 """StochasticMixer: several mixers in one layer's place, and a table that says which one runs.
 
 Training follows the mixer table, evaluation takes the main mixer, `placement=` overrides both.
+Under device dispatch training takes a table alone.
 
     dispatch="device"  all mixers are launched, and their kernels follow the table
     dispatch="host"    a Python branch on the table: the chosen mixers run, on their own samples
