@@ -47,20 +47,27 @@ def width_of(states: int, backward: bool) -> int:
     return 16 if backward and states > most_states else 32
 
 
-def configure(states: int, backward: bool, light: bool) -> dict[str, int]:
+def configure(states: int, backward: bool, light: bool, wide: bool) -> dict[str, int]:
     """The tile, its warps, and the tokens whose loads go out together. Found by compiling offline.
 
     states: a power of two. light: whether the channels of a tile share both B and C, which both
-    vary; otherwise they need registers of their own.
+    vary; otherwise they need registers of their own. wide: whether inputs have more than 16 bits.
     """
     width = width_of(states, backward)
-    tokens = 2 if backward else 4
-    return {
+    tokens = 4 if light and states < 64 else 2
+    if backward:
+        tokens //= 2
+    elif wide or arch() < 90:
+        tokens = 2
+    options = {
         "STATES": states,
         "BLOCK_DIM": width,
-        "TOKENS": tokens if light and states < 64 else tokens // 2,
+        "TOKENS": tokens,
         "num_warps": max(states * width // 512, 1),
     }
+    if backward and states <= 8:
+        options["maxnreg"] = 168  # or ptxas aims at 128 registers, and spills a few
+    return options
 
 
 def segment_of(seqlen: int, warps: int) -> int:
@@ -97,7 +104,8 @@ def cut(u: Tensor, A: Tensor, B: Tensor, C: Tensor, backward: bool) -> Cut:
     run = math.gcd(*(dim // x.shape[2] if x.ndim == 4 else dim for x in (B, C)))
     of_run = triton.next_power_of_2(run)
     runs = 1 if of_run >= width or run == dim else width // of_run
-    options = configure(states, backward, light=runs == 1 and B.ndim == C.ndim == 4)
+    light = runs == 1 and B.ndim == C.ndim == 4
+    options = configure(states, backward, light, wide=u.element_size() > 2)
     blocks = dim // run * triton.cdiv(run, width)
     tiles = triton.cdiv(blocks, runs)
     segment = segment_of(seqlen, batch * tiles * options["num_warps"])
