@@ -46,12 +46,13 @@ def flash_attn_func(
     softmax_scale: factor on the scores; head_dim ** -0.5 by default.
     causal: the last query sees all keys, each one before it one key less (bottom-right aligned).
     window_size: how many keys to the left and to the right of its own position a query sees;
-        negative for all.
+        negative for all, as is seqlen_k or more.
     softcap: c > 0 replaces a score s by c · tanh(s / c).
     alibi_slopes: float32 (heads,) or (batch, heads): score (i, j) loses slope · |i + seqlen_k −
         seqlen_q − j|.
     return_attn_probs: return (out, softmax_lse, S_dmask) instead of out, softmax_lse float32
-        (batch, heads, seqlen_q). S_dmask is empty, as upstream's without dropout.
+        (batch, heads, seqlen_q), of the scores as above, where upstream's leaves out what ALiBi
+        takes from a whole row. S_dmask is empty, as upstream's without dropout.
 
     Returns out, like q. Raises NotImplementedError for return_attn_probs with dropout, whose mask
     nobody stores, and ValueError where a shape, a dtype or an option is not as above.
@@ -279,6 +280,12 @@ def attend(
             f" stored, got dropout_p={dropout_p}"
         )
     left, right = window_size
+    # A tensor here would have to be read. Without it the grid covers the packed length.
+    longest_q, longest_k = (
+        length if isinstance(length, int) else None for length in (max_seqlen_q, max_seqlen_k)
+    )
+    if right >= (k.shape[-3] if longest_k is None else longest_k):
+        right = -1  # upstream's rule: it matters to queries that stand before the first key
     result = flash_attention(
         q,
         k,
@@ -291,9 +298,8 @@ def attend(
         dropout_p=dropout_p,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        # A tensor here would have to be read. Without it the grid covers the packed length.
-        max_seqlen_q=max_seqlen_q if isinstance(max_seqlen_q, int) else None,
-        max_seqlen_k=max_seqlen_k if isinstance(max_seqlen_k, int) else None,
+        max_seqlen_q=longest_q,
+        max_seqlen_k=longest_k,
         return_lse=return_attn_probs,
     )
     if not isinstance(result, tuple):

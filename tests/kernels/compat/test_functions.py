@@ -248,6 +248,15 @@ def test_attention_in_every_packing_is_the_same():
         torch.testing.assert_close(ours, expected)
 
 
+def test_a_window_as_wide_as_the_keys_shows_all_of_them_to_queries_before_the_first():
+    q, (k, v) = QKV[:, :, 0], (x[:, :4] for x in QKV[:, :, 1:].unbind(2))
+    everything = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    out = compat.flash_attn_func(q, k, v, window_size=(0, 4))
+    torch.testing.assert_close(out[:, :6], everything.transpose(1, 2)[:, :6])
+    narrower = compat.flash_attn_func(q, k, v, window_size=(0, 3))
+    assert (narrower[:, :2] == 0).all()  # they stand 5 and 4 places before the first key
+
+
 def test_attention_agrees_with_torch_and_gives_the_gradient_of_the_packed_tensor():
     qkv = QKV.clone().requires_grad_()
     out, lse, mask = compat.flash_attn_qkvpacked_func(qkv, causal=True, return_attn_probs=True)
