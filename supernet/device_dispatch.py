@@ -10,12 +10,12 @@ out in the same slots, which are as large as the largest mixer needs, not as all
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..kernels.backend import Backend, resolve_impl
@@ -39,6 +39,44 @@ class RoutedMixer(Protocol):
 
     def routed_backward(self, run: "Run", dout: Tensor, x: Tensor, dx: Tensor) -> None:
         """Write the route's samples of dx, and add to the gradients of the parameters."""
+
+    def routed_parameters(self) -> Iterable[Tensor | None]:
+        """The parameters that the passes read, None where it was made without one: all it has."""
+
+
+PLAIN = {nn.Linear, nn.Conv1d}  # modules whose tensors the passes read, without calling them
+
+
+def check_routed(name: str, mixer: nn.Module) -> None:
+    """Raise ValueError unless device dispatch computes all that calling the mixer would.
+
+    name: what messages call it.
+    """
+    kind = type(mixer)
+    if not isinstance(mixer, RoutedMixer):
+        raise ValueError(
+            "dispatch='device' takes mixers that follow a route, tossup.Attention and "
+            f"tossup.Mamba, got {kind.__name__} for {name}"
+        )
+    if definer(kind, "forward") is not definer(kind, "routed_forward"):
+        raise ValueError(
+            f"dispatch='device' calls no forward, but {kind.__name__}, {name}, has one of its own"
+        )
+    for path, module in mixer.named_modules(prefix=name):
+        if module is not mixer and type(module) not in PLAIN:
+            raise ValueError(
+                "dispatch='device' takes mixers made of Linear and Conv1d as they come from torch,"
+                f" got {type(module).__name__} for {path}"
+            )
+    known = {id(parameter) for parameter in mixer.routed_parameters()}
+    for path, parameter in mixer.named_parameters(prefix=name):
+        if id(parameter) not in known:
+            raise ValueError(f"dispatch='device' would ignore {path}: {kind.__name__} has no such")
+
+
+def definer(kind: type, method: str) -> type | None:
+    """The class from which `kind` has a method; None where an instance has it from elsewhere."""
+    return next((base for base in kind.__mro__ if method in vars(base)), None)
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,11 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[Group]
         the mixer by its place among the layer's. What several of them share, and everything else,
         is shared. Layers need different numbers.
     weight_decay: of matrices; norms, biases, convolutions, `A_log` and `D` do not decay.
+
+    Raises ValueError where a mixer under device dispatch shares a parameter with another module:
+    its backward pass would overwrite the other's part of the gradient.
     """
+    check_written_once(model)
     gates: dict[Tensor, tuple[int, int] | None] = {}
     for module in model.modules():
         if isinstance(module, StochasticMixer):
@@ -156,6 +160,23 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[Group]
         {"params": parameters, "gate": gate, "weight_decay": weight_decay if decays else 0.0}
         for (gate, decays), parameters in groups.items()
     ]
+
+
+def check_written_once(model: nn.Module) -> None:
+    written = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, StochasticMixer) and module.dispatch == "device"
+        for parameter in module.mixers.parameters()
+    }
+    paths: dict[Tensor, str] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in written and parameter in paths:
+            raise ValueError(
+                "dispatch='device' takes mixers that share no parameter, but "
+                f"{paths[parameter]} and {path} are the same"
+            )
+        paths[parameter] = path
 
 
 def clip_grad_norm(

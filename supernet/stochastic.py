@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..kernels.routing import MixerTable, Strategy, draw
 from .config import check_mixer_name
-from .device_dispatch import DeviceDispatch, RoutedMixer
+from .device_dispatch import DeviceDispatch, check_routed
 from .metrics import Mean, accumulate
 
 Dispatch = Literal["device", "host", "dense"]
@@ -58,9 +58,10 @@ class StochasticMixer(nn.Module):
     router: where the table comes from in training unless forward is given one.
     main_mixer_name: the mixer of evaluation; defaults to the first.
     dispatch: device, host or dense. With device, mixers are `tossup.Attention` or `tossup.Mamba`,
-        take no padding, packed sequences or cache while they follow a table, and find their
-        gradients written to `.grad` by the backward pass, which no hook sees. Activation memory is
-        the largest mixer's. `forget_gradients` replaces clearing them.
+        take no padding, packed sequences or cache while they follow a table, are not called, so
+        that their hooks do not run, and find their gradients written to `.grad` by the backward
+        pass, `torch.autograd.grad`'s too. Activation memory is the largest mixer's.
+        `forget_gradients` replaces clearing gradients.
     num_outputs: 1 returns a tensor; 2 returns (out, None) as attention in transformers does; 3
         returns (out, None, past_key_values) as layers in fla do.
     batched_kwargs: names of further keyword arguments that have a row per sample.
@@ -178,6 +179,7 @@ class StochasticMixer(nn.Module):
         return self.router.table
 
     def _device(self, call: "Call", table: MixerTable) -> Tensor:
+        self._check_routed()  # again, as modules may have been exchanged
         x = call.hidden_states
         for key, value in call.kwargs.items():
             if value is not None and value is not False:
@@ -237,11 +239,7 @@ class StochasticMixer(nn.Module):
     def _check_routed(self) -> None:
         owners: dict[Tensor, str] = {}
         for name, mixer in self.mixers.items():
-            if not isinstance(mixer, RoutedMixer):
-                raise ValueError(
-                    "dispatch='device' takes mixers that follow a route, tossup.Attention and "
-                    f"tossup.Mamba, got {type(mixer).__name__} for {name}"
-                )
+            check_routed(name, mixer)
             for path, parameter in mixer.named_parameters(name, remove_duplicate=False):
                 if owners.setdefault(parameter, path) != path:
                     raise ValueError(
@@ -270,9 +268,9 @@ class Call:
         self.preprocessed, self.reports = preprocessed, {"losses": losses, "metrics": metrics}
 
     def preprocessed_of(self, name: str) -> dict[str, Any]:
-        """What was computed ahead for the named mixer, or is now if it was not."""
-        if name in self.preprocessed:
-            return dict(self.preprocessed[name])
+        """What was computed ahead for the named mixer, or is now if nothing was."""
+        if given := self.preprocessed.get(name):
+            return dict(given)
         preprocess = getattr(self.layer.mixers[name], "preprocess", None)
         if preprocess is None:
             return {}

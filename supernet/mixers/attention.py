@@ -160,6 +160,10 @@ class Attention(nn.Module):
         for (name, layer), gradient in zip(self.projections(), gradients, strict=True):
             run.linear_backward(gradient, x, dx, layer.weight, add=name != "q")
 
+    def routed_parameters(self) -> tuple[Tensor, ...]:
+        layers = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        return tuple(layer.weight for layer in layers)
+
     def projections(self) -> tuple[tuple[str, nn.Linear], ...]:
         return ("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj)
 

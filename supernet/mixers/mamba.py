@@ -155,6 +155,13 @@ class Mamba(nn.Module):
         run.add_gradient(self.conv1d.bias, dbias)
         run.linear_backward(dxz, x, dx, self.in_proj.weight, self.in_proj.bias)
 
+    def routed_parameters(self) -> tuple[Tensor | None, ...]:
+        return (
+            self.in_proj.weight, self.in_proj.bias, *self.conv1d.parameters(), self.x_proj.weight,
+            self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D, self.out_proj.weight,
+            self.out_proj.bias,
+        )  # fmt: skip
+
     def taps(self) -> tuple[Tensor, Tensor | None]:
         return self.conv1d.weight.squeeze(1), self.conv1d.bias
 

@@ -1,10 +1,12 @@
 """Device dispatch beside host and dense dispatch, its memory, and what its backward pass writes."""
 
 import os
+import re
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import tossup
 from tossup.kernels.routing import MixerTable
@@ -13,6 +15,7 @@ from tossup.supernet.device_dispatch import carve, slot_bytes
 from tossup.supernet.evaluate import evaluate_placements
 from tossup.supernet.mixers import Attention, Mamba
 from tossup.supernet.model import SupernetModel, language_model_losses
+from tossup.supernet.optimizer import parameter_groups
 from tossup.supernet.stochastic import StochasticMixer
 
 MIXERS = {
@@ -197,6 +200,47 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"one\.k_proj.weight and one\.v_proj.weight are the"):
             StochasticMixer({"one": one}, dispatch="device")
 
+    def test_a_parameter_shared_between_layers(self):
+        model = model_of("device")
+        first, second = (block.mixer.mixers["mamba"] for block in model.layers)
+        second.D = first.D
+        with pytest.raises(ValueError, match=r"layers\.0.*mamba\.D and layers\.1.*D are the same"):
+            parameter_groups(model)
+
+    def test_a_forward_of_its_own(self):
+        class Louder(Mamba):
+            def forward(self, hidden_states, **kwargs):
+                return 2 * super().forward(hidden_states, **kwargs)
+
+        with pytest.raises(ValueError, match="calls no forward, but Louder, mamba, has one"):
+            StochasticMixer({"mamba": Louder(16)}, dispatch="device")
+        with pytest.raises(ValueError, match="calls no forward, but OptimizedModule, mamba, has"):
+            StochasticMixer({"mamba": torch.compile(Mamba(16))}, dispatch="device")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                lambda mixer: setattr(mixer, "q_proj", nn.Sequential(mixer.q_proj)),
+                "as they come from torch, got Sequential for attention.q_proj",
+            ),
+            (
+                lambda mixer: parametrizations.weight_norm(mixer.q_proj),
+                "got ParametrizedLinear for attention.q_proj",
+            ),
+            (
+                lambda mixer: setattr(mixer, "o_proj", nn.Linear(16, 16)),
+                "would ignore attention.o_proj.bias: Attention has no such",
+            ),
+        ],
+    )
+    def test_what_routed_passes_do_not_know_also_where_it_comes_later(self, change, message):
+        layer = StochasticMixer({"attention": Attention(16, 2)}, dispatch="device")
+        change(layer.mixers["attention"])
+        table = MixerTable.of(torch.zeros(1, 4, dtype=torch.int64), 1, 4)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            layer(torch.zeros(4, 9, 16), table=table)
+
     def test_a_placement_to_train(self):
         layer = model_of("device", layers=1).layers[0].mixer
         with pytest.raises(ValueError, match=r"pass table= for placement="):
@@ -253,4 +297,6 @@ def test_a_drop_in_layer_finds_its_angles_itself():
         layer = StochasticMixer(mixers, router=router, dispatch=dispatch, num_outputs=2)
         router.draw(batch=5)
         outs.append(layer(x)[0])
-    torch.testing.assert_close(*outs)
+        outs.append(layer(x, preprocessed={"attention": {}})[0])
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0])
