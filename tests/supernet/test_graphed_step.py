@@ -20,8 +20,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 STEPS = 12
 
 
-def configured(output, **training) -> RunConfig:
-    values = run_values(output, device="cuda", steps=STEPS, accumulation=2, **training)
+def configured(output, device="cuda", **training) -> RunConfig:
+    values = run_values(output, device=device, steps=STEPS, accumulation=2, **training)
     values["model"]["mixer"]["mixers"] = {
         "attention": {"type": "attention", "heads": 4, "kv_heads": 2},
         "window": {"type": "attention", "heads": 2, "window_size": 3},

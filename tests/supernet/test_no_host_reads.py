@@ -6,20 +6,19 @@ to catch a read that was planted.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.supernet.test_device_dispatch import model_of
+from tests.supernet.test_graphed_step import configured
 from tossup.kernels.routing import MixerTable
 from tossup.supernet.model import SupernetModel, language_model_losses
-from tossup.supernet.optimizer import GatedAdamW, clip_grad_norm, parameter_groups
-from tossup.supernet.report import Report
-from tossup.supernet.train import forget_gradients
+from tossup.supernet.train import Trainer
 
-LAYERS, MIXERS, BATCH, SEQLEN = 2, 3, 4, 21
+LAYERS, MIXERS, BATCH = 2, 3, 4
 
 READS = {
     torch.ops.aten._local_scalar_dense.default,
@@ -45,6 +44,8 @@ class RefuseHostReads(TorchDispatchMode):
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.lift_fresh.default:
+            raise RuntimeError("a tensor of numbers copies from the host")
         masked = func in INDEXED and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
@@ -61,44 +62,42 @@ def table_on(device: str) -> MixerTable:
     return MixerTable.of(rows, MIXERS, BATCH)
 
 
-class Step:
-    """A training step of two micro-batches, of the parts that `train` is made of."""
+@pytest.fixture
+def trainer_on(tmp_path, monkeypatch) -> Callable[..., Trainer]:
+    """trainer_on(device, planted): a trainer after its first step, whose tables are given, and that
+    does `planted` with each micro-batch's losses."""
 
-    def __init__(self, device: str, optimize: bool):
-        self.model: SupernetModel = model_of("device", LAYERS).to(device)
-        groups = parameter_groups(self.model)
-        self.optimizer = GatedAdamW(groups, lr=torch.tensor(1e-3, device=device))
-        self.report = Report(LAYERS, self.model.mixer_names, torch.device(device))
-        self.table, self.optimize = table_on(device), optimize
-        self.tokens = torch.zeros((BATCH, SEQLEN), dtype=torch.int64, device=device)
+    def build(device: str, planted: Callable[[Tensor], object] = lambda losses: None) -> Trainer:
+        def losses_and_counts(*args):
+            losses, counts = language_model_losses(*args)
+            if first_step_is_over:
+                planted(losses)
+            return losses, counts
 
-    def __call__(self, planted: Callable[[Tensor], object] = lambda losses: None) -> None:
-        used = torch.zeros(LAYERS, MIXERS, device=self.tokens.device)
-        for _ in range(2):
-            logits = self.model(self.tokens, table=self.table)
-            losses, counts = language_model_losses(logits, self.tokens)
-            planted(losses)
-            self.report.add(losses.detach(), counts, self.table, {})
-            (losses.sum() / counts.sum()).backward()
-            used += self.table.count
-        norm = clip_grad_norm(self.optimizer, 1.0, used)
-        if self.optimize:
-            self.optimizer.step(used)
-        forget_gradients(self.model, self.optimizer)
-        self.report.add_norm(norm)
+        first_step_is_over = False
+        monkeypatch.setattr("tossup.supernet.train.language_model_losses", losses_and_counts)
+        monkeypatch.setattr("tossup.supernet.train.device_of", torch.device)
+        table = table_on(device)
+        monkeypatch.setattr(SupernetModel, "draw", lambda *_: table)
+        if device == "meta":  # torch has neither of these there
+            monkeypatch.setattr(torch, "_fused_adamw_", lambda *_, **__: None)
+            monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+        trainer = Trainer(configured(tmp_path / device, device=device, dispatch="device"))
+        trainer.train_step()  # makes what outlives a step
+        first_step_is_over = True
+        return trainer
 
-
-def test_a_step_runs_where_there_is_nothing_to_read():
-    step = Step("meta", optimize=False)  # torch has no fused AdamW there
-    step()
-    step()
+    return build
 
 
-def test_a_step_takes_no_op_that_reads():
-    step = Step("cpu", optimize=True)
+def test_a_step_runs_where_there_is_nothing_to_read(trainer_on):
+    trainer_on("meta").run_step()
+
+
+def test_a_step_takes_no_op_that_reads_or_copies_from_the_host(trainer_on):
+    trainer = trainer_on("cpu")
     with RefuseHostReads():
-        step()
-        step()
+        trainer.run_step()
 
 
 PLANTED = {
@@ -111,28 +110,42 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("planted", PLANTED.values(), ids=PLANTED)
-def test_both_checks_catch_a_planted_read(planted):
-    on_meta = Step("meta", optimize=False)
-    on_meta()
+def test_both_checks_catch_a_planted_read(planted, trainer_on):
     with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
-        on_meta(planted)
+        trainer_on("meta", planted).run_step()
+    trainer = trainer_on("cpu", planted)
     with pytest.raises(RuntimeError, match="reads the device"), RefuseHostReads():
-        Step("cpu", optimize=True)(planted)
+        trainer.run_step()
 
 
-def test_the_mode_catches_a_masked_store_which_meta_does_not():
-    def store(losses: Tensor) -> None:
-        losses.detach()[losses > 0] = 0.0
-
-    Step("meta", optimize=False)(store)
-    with pytest.raises(RuntimeError, match="reads the device"), RefuseHostReads():
-        Step("cpu", optimize=True)(store)
+def store_masked(losses: Tensor) -> None:
+    losses.detach()[losses > 0] = losses.detach().sum()
 
 
-def test_host_dispatch_cannot_run_there():
+def test_the_mode_catches_what_meta_does_not(trainer_on):
+    for planted, message in (
+        (store_masked, "reads the device"),
+        (lambda losses: torch.tensor([1.0], device=losses.device), "copies from the host"),
+    ):
+        trainer_on("meta", planted).run_step()
+        trainer = trainer_on("cpu", planted)
+        with pytest.raises(RuntimeError, match=message), RefuseHostReads():
+            trainer.run_step()
+
+
+def test_a_read_in_the_optimizer_is_caught(trainer_on, monkeypatch):
+    monkeypatch.setattr(
+        "tossup.supernet.optimizer._flags",
+        lambda groups, used: [None if used.tolist() else used for _ in groups],
+    )
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta"):
+        trainer_on("meta")
+
+
+def test_host_dispatch_cannot_run_there(trainer_on):
     """Its branch is on the host, so the proof would be worth nothing if it passed."""
-    step = Step("meta", optimize=False)
-    for block in step.model.layers:
+    trainer = trainer_on("meta")
+    for block in trainer.model.layers:
         block.mixer.dispatch = "host"
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        step()
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta"):
+        trainer.run_step()
