@@ -242,6 +242,20 @@ def multiply(
     kernels.weight_gradient_into(grad, out, x, bias_grad, written, *route_over(4))
 
 
+def accumulations() -> Iterator[Case]:
+    """Of a Mamba mixer's A_log, D, biases and taps."""
+
+    def launch() -> None:
+        shapes = (4096, 16), (4096,), (4096, 4), (4096,), (4096,)
+        totals, gradients = (
+            [meta(*shape, dtype=torch.float32) for shape in shapes] for _ in range(2)
+        )
+        count, written = meta(dtype=torch.int32), meta(dtype=torch.int32)
+        kernels_of("accumulate").accumulate_into(totals, gradients, written, count)
+
+    yield Case("accumulate", "routed, fp32, 4096 channels, 16 states", launch)
+
+
 CASES: tuple[Case, ...] = (
     *draws(),
     *attentions(),
@@ -250,4 +264,5 @@ CASES: tuple[Case, ...] = (
     *rotations(),
     *updates(),
     *linears(),
+    *accumulations(),
 )

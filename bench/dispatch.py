@@ -6,11 +6,13 @@ item    drawn as a CUDA tensor, read with .item(), a Python branch: what Tossup 
 host    drawn on the CPU, a Python branch
 device  all mixers launched, the kernels follow the table
 graph   the same step in one CUDA graph
+forked  that graph, each mixer on a stream of its own
 static  one mixer per layer, chosen beforehand, in one CUDA graph: a step without any dispatch
 
 The first two run attention on torch's own kernels, cuDNN's where it can, and Mamba on mamba-ssm's
 CUDA scan where it is built; the record names what ran. All ways train in bfloat16 with the same
-optimizer, and route whole batches, as the branches need.
+optimizer, and route whole batches, as the branches need; with --per-sample, those that no branch
+of a whole batch follows run alone.
 """
 
 import argparse
@@ -31,7 +33,9 @@ from tossup.supernet.graphed_step import GraphedStep
 from tossup.supernet.mixers import Attention, Mamba
 from tossup.supernet.optimizer import clip_grad_norm
 
-WAYS = ("item", "host", "device", "graph", "static")
+WAYS = ("item", "host", "device", "graph", "forked", "static")
+BRANCHES = ("item", "static")  # one mixer for the whole batch
+GRAPHS = ("graph", "forked", "static")
 ROUNDS, WARMUP = 15, 5
 
 
@@ -70,7 +74,11 @@ class Stack(nn.Module):
             chosen = [makers[placement[layer]]] if way == "static" else makers
             mixers = {f"mixer{i}": make() for i, make in enumerate(chosen)}
             dispatch = "host" if library else "device"
-            self.mixers.append(tossup.StochasticMixer(mixers, layer=layer, dispatch=dispatch))
+            self.mixers.append(
+                tossup.StochasticMixer(
+                    mixers, layer=layer, dispatch=dispatch, streams=way == "forked"
+                )
+            )
 
     def forward(
         self, x: Tensor, table: tossup.MixerTable | None, choose: Callable | None
@@ -89,7 +97,7 @@ class Step:
         torch.manual_seed(0)
         self.placement = torch.randint(2, (options.layers,)).tolist()
         mixers = 1 if way == "static" else 2
-        self.strategy = tossup.Strategy(mixers=mixers)
+        self.strategy = tossup.Strategy(mixers=mixers, per_sample=options.per_sample)
         stack = Stack(options.layers, options.hidden, way, self.placement)
         self.stack = stack.to(self.device, torch.bfloat16)
         groups = tossup.parameter_groups(self.stack)
@@ -132,7 +140,7 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, object]:
     wait = torch.cuda.synchronize if on_gpu else lambda: None
     step = Step(way, options)
     run: Callable[[], None] = step
-    if way in ("graph", "static") and on_gpu:
+    if way in GRAPHS and on_gpu:
         run = GraphedStep(step)
     for _ in range(WARMUP):
         run()
@@ -170,12 +178,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    parser.add_argument("--per-sample", action="store_true", help="route samples, not batches")
     for name, default in (("layers", 24), ("hidden", 2048), ("batch", 4), ("seqlen", 4096)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--output", type=Path, help="a JSON file for the record")
     options = parser.parse_args()
     if options.device == "cpu":
-        options.ways = [way for way in options.ways if way not in ("graph", "static")]
+        options.ways = [way for way in options.ways if way not in GRAPHS]
+    if options.per_sample:
+        options.ways = [way for way in options.ways if way not in BRANCHES]
     record = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
@@ -183,6 +194,7 @@ def main() -> None:
         "triton": triton.__version__,
         "mamba": type(library_mamba(64)).__module__.partition(".")[0],
         "shape": {name: getattr(options, name) for name in ("layers", "hidden", "batch", "seqlen")},
+        "per_sample": options.per_sample,
         "ways": [],
     }
     for way in options.ways:

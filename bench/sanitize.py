@@ -6,6 +6,7 @@ compute-sanitizer --tool memcheck python bench/sanitize.py
 import torch
 
 import tossup
+from tossup.kernels.accumulate import accumulate_into
 
 BATCH, SEQLEN, HEADS, KV_HEADS, DIM, STATES = 3, 130, 4, 2, 72, 16
 
@@ -68,6 +69,11 @@ def projections(route: tossup.Route) -> None:
         backward(out[route.samples[: int(route.count)].long()])
 
 
+def sums(route: tossup.Route) -> None:
+    totals, gradients = ([random(*s).detach() for s in ((DIM, 3), (1100,))] for _ in range(2))
+    accumulate_into(totals, gradients, written=route.count, route=route)
+
+
 def decode(route: tossup.Route) -> None:
     x, dt, z = (random(BATCH, DIM) for _ in range(3))
     A, D = random(DIM, STATES, dtype=torch.float32), random(DIM, dtype=torch.float32)
@@ -86,7 +92,7 @@ def main() -> None:
     torch.manual_seed(0)
     strategy = tossup.Strategy(mixers=2, kind="full_layout", per_sample=True)
     table = tossup.draw(strategy, seed=0, step=0, layers=3, batch=BATCH, device="cuda")
-    for op in (attention, mamba, positions, projections, decode):
+    for op in (attention, mamba, positions, projections, sums, decode):
         for mixer in range(2):
             op(table.route(1, mixer))
     torch.cuda.synchronize()

@@ -11,13 +11,16 @@ out in the same slots, which are as large as the largest mixer needs, not as all
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..kernels.accumulate import accumulate_into
 from ..kernels.backend import Backend, resolve_impl
 from ..kernels.linear import linear_into, weight_gradient_into
 from ..kernels.routing import Route
@@ -127,13 +130,16 @@ class Run:
             impl=self.impl,
         )
 
-    def add_gradient(self, parameter: Tensor | None, gradient: Tensor) -> None:
-        """What a small parameter's op returned; with no sample, the gradient stays as it is."""
-        if parameter is None or not parameter.requires_grad:
-            return
-        total = gradient_of(parameter)
-        before = torch.where(self.written > 0, total, 0)
-        total.copy_(torch.where(self.route.count > 0, before + gradient.view_as(total), total))
+    def add_gradients(self, *pairs: tuple[Tensor | None, Tensor]) -> None:
+        """Small parameters, and what their ops returned as gradients: summed over the samples."""
+        trained = [(gradient_of(p), g) for p, g in pairs if p is not None and p.requires_grad]
+        accumulate_into(
+            [total for total, _ in trained],
+            [gradient for _, gradient in trained],
+            written=self.written,
+            route=self.route,
+            impl=self.impl,
+        )
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
@@ -168,8 +174,9 @@ class DeviceDispatch(torch.autograd.Function):
     """A layer's mixers on their samples: (batch, seqlen, hidden) to the same.
 
     count: (mixers,), samples: (mixers, batch): the layer's part of the plan. written: (mixers,),
-    as in Run. extras: each mixer's. parameters: the mixers' own, so that autograd knows of them;
-    their gradients are written in the backward pass, not returned.
+    as in Run. extras: each mixer's. streams: whether each mixer is launched on a stream of its own.
+    parameters: the mixers' own, so that autograd knows of them; their gradients are written in the
+    backward pass, not returned.
     """
 
     @staticmethod
@@ -181,6 +188,7 @@ class DeviceDispatch(torch.autograd.Function):
         samples: Tensor,
         written: Tensor,
         extras: Sequence[Mapping[str, Any]],
+        streams: bool,
         *parameters: Tensor,
     ) -> Tensor:
         impl = resolve_impl("auto", x.device)
@@ -190,7 +198,7 @@ class DeviceDispatch(torch.autograd.Function):
         size = max(slot_bytes(layout) for layout in layouts)
         slots = torch.empty((len(x), size), dtype=torch.uint8, device=x.device)
         ctx.mixers, ctx.layouts, ctx.extras = mixers, layouts, extras
-        ctx.written, ctx.impl = written, impl
+        ctx.written, ctx.impl, ctx.streams = written, impl, streams
         out = x.new_empty(x.shape)
         for mixer, run in runs(ctx, slots, count, samples):
             mixer.routed_forward(run, x, out)
@@ -211,8 +219,44 @@ class DeviceDispatch(torch.autograd.Function):
 def runs(
     ctx: Any, slots: Tensor, count: Tensor, samples: Tensor
 ) -> Iterator[tuple[RoutedMixer, Run]]:
-    """Each mixer and its part, one after the other."""
+    """Each mixer and its part, one after the other, or side by side on streams of their own."""
+    fork = Fork(slots.device, len(ctx.mixers)) if ctx.streams and slots.is_cuda else None
     for index, mixer in enumerate(ctx.mixers):
         route = Route(count[index], samples[index])
         slot = carve(slots, ctx.layouts[index])
-        yield mixer, Run(route, slot, ctx.written[index], ctx.impl, ctx.extras[index])
+        with fork.branch(index) if fork else nullcontext():
+            yield mixer, Run(route, slot, ctx.written[index], ctx.impl, ctx.extras[index])
+    if fork:
+        fork.join()
+
+
+class Fork:
+    """Branches of work on a GPU that may overlap: the first on the current stream, the others on
+    side streams, which begin behind what was launched before the fork.
+
+    Memory that a branch allocates is its stream's. What outlives the branch is used after the join
+    alone, and what is allocated in a later branch of that stream comes after the next fork, so no
+    memory is taken up again while it is read.
+    """
+
+    def __init__(self, device: torch.device, branches: int):
+        self.main = torch.cuda.current_stream(device)
+        self.start = self.main.record_event()
+        self.sides = side_streams(device, branches - 1)
+
+    def branch(self, index: int) -> AbstractContextManager:
+        if index == 0:
+            return nullcontext()
+        side = self.sides[index - 1]
+        side.wait_event(self.start)
+        return torch.cuda.stream(side)
+
+    def join(self) -> None:
+        for side in self.sides:
+            self.main.wait_stream(side)
+
+
+@cache
+def side_streams(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
+    """The same ones for all layers, which follow each other."""
+    return tuple(torch.cuda.Stream(device) for _ in range(count))

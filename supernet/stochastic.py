@@ -33,16 +33,33 @@ class Router:
     strategy: how tables are drawn. layers: how many layers share the router. seed: of the draws;
     one seed, one sequence of tables, on every rank. `step` counts the draws: set it to resume.
     `counts` (layers, mixers) int64 says how many samples were sent where, over all draws.
+    device: where tables are drawn, for mixers under device dispatch. There `step` is an int64
+        tensor of shape (), which a draw reads and advances without the host: fill it to resume.
+        None draws on the host.
     """
 
-    def __init__(self, strategy: Strategy, layers: int, *, seed: int = 0, step: int = 0):
-        self.strategy, self.layers, self.seed, self.step = strategy, layers, seed, step
+    def __init__(
+        self,
+        strategy: Strategy,
+        layers: int,
+        *,
+        seed: int = 0,
+        step: int = 0,
+        device: torch.device | str | None = None,
+    ):
+        self.strategy, self.layers, self.seed = strategy, layers, seed
+        self.device = torch.device("cpu" if device is None else device)
+        self.step: int | Tensor = step
+        if device is not None:
+            self.step = torch.tensor(step, dtype=torch.int64, device=device)
         self.table: MixerTable | None = None
-        self.counts = torch.zeros(layers, strategy.mixers, dtype=torch.int64)
+        self.counts = torch.zeros(layers, strategy.mixers, dtype=torch.int64, device=self.device)
 
     def draw(self, batch: int) -> MixerTable:
         """Draw the next step's table, for `batch` samples; the mixers follow it until the next."""
-        self.table = draw(self.strategy, self.seed, self.step, self.layers, batch, device="cpu")
+        self.table = draw(
+            self.strategy, self.seed, self.step, self.layers, batch, device=self.device
+        )
         self.counts += self.table.count
         self.step += 1
         return self.table
@@ -62,6 +79,8 @@ class StochasticMixer(nn.Module):
         that their hooks do not run, and find their gradients written to `.grad` by the backward
         pass, `torch.autograd.grad`'s too. Activation memory is the largest mixer's.
         `forget_gradients` replaces clearing gradients.
+    streams: whether device dispatch launches each mixer on a CUDA stream of its own, so that mixers
+        of different samples overlap.
     num_outputs: 1 returns a tensor; 2 returns (out, None) as attention in transformers does; 3
         returns (out, None, past_key_values) as layers in fla do.
     batched_kwargs: names of further keyword arguments that have a row per sample.
@@ -84,6 +103,7 @@ class StochasticMixer(nn.Module):
         router: Router | None = None,
         main_mixer_name: str | None = None,
         dispatch: Dispatch = "host",
+        streams: bool = False,
         num_outputs: Literal[1, 2, 3] = 1,
         batched_kwargs: frozenset[str] | set[str] = frozenset(),
     ):
@@ -107,7 +127,7 @@ class StochasticMixer(nn.Module):
         self.names = tuple(mixers)
         self.main_mixer_name = main_mixer_name or self.names[0]
         self._check_name("main_mixer_name", self.main_mixer_name)
-        self.layer, self.router, self.dispatch = layer, router, dispatch
+        self.layer, self.router, self.dispatch, self.streams = layer, router, dispatch, streams
         self.num_outputs = num_outputs
         self.batched_kwargs = BATCHED_KWARGS | batched_kwargs
         if dispatch == "device":
@@ -204,6 +224,7 @@ class StochasticMixer(nn.Module):
             table.samples[self.layer],
             self.written,
             extras,
+            self.streams,
             *self.mixers.parameters(),
         )
 

@@ -136,13 +136,10 @@ class Mamba(nn.Module):
         run.linear_backward(dout, slot["y"], dy, self.out_proj.weight, self.out_proj.bias)
         ddt_low, dB, dC = self.split(dprojected)
         scanned = self.scanned(run)
-        dconv, ddt, dA, dD, dbias = selective_scan_backward_into_op(
+        dconv, ddt, dA, dD, ddt_bias = selective_scan_backward_into_op(
             dB.unsqueeze(2), dC.unsqueeze(2), dxz[..., self.d_inner :], dy, slot["kept"],
             *scanned, True, run.impl,
         )  # fmt: skip
-        run.add_gradient(self.A_log, dA * scanned[2])  # A = -exp(A_log) is its own derivative
-        run.add_gradient(self.D, dD)
-        run.add_gradient(self.dt_proj.bias, dbias)
         dt, _, _ = self.split(slot["projected"])
         run.linear_backward(ddt, dt, ddt_low, self.dt_proj.weight)
         run.linear_backward(dprojected, slot["conv"], dconv, self.x_proj.weight, add=True)
@@ -151,8 +148,13 @@ class Mamba(nn.Module):
             dxz[..., : self.d_inner], dconv, slot["xz"][..., : self.d_inner], taps, bias,
             *run.tensors, "silu", run.impl,
         )  # fmt: skip
-        run.add_gradient(self.conv1d.weight, dtaps)
-        run.add_gradient(self.conv1d.bias, dbias)
+        run.add_gradients(
+            (self.A_log, dA * scanned[2]),  # A = -exp(A_log) is its own derivative
+            (self.D, dD),
+            (self.dt_proj.bias, ddt_bias),
+            (self.conv1d.weight, dtaps),
+            (self.conv1d.bias, dbias),
+        )
         run.linear_backward(dxz, x, dx, self.in_proj.weight, self.in_proj.bias)
 
     def routed_parameters(self) -> tuple[Tensor | None, ...]:

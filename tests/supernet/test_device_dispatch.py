@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.nn.utils import parametrizations
 import tossup
 from tossup.kernels.routing import MixerTable
 from tossup.supernet.config import ModelConfig
-from tossup.supernet.device_dispatch import carve, slot_bytes
+from tossup.supernet.device_dispatch import Fork, carve, slot_bytes
 from tossup.supernet.evaluate import evaluate_placements
 from tossup.supernet.mixers import Attention, Mamba
 from tossup.supernet.model import SupernetModel, language_model_losses
@@ -184,6 +186,46 @@ def test_autocast_computes_in_bfloat16():
     exact = model_of("host", layers=1).layers[0].mixer(hidden, table=table)
     assert out.dtype == torch.bfloat16
     assert (out - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+def test_branches_begin_behind_the_fork_and_end_before_the_join(monkeypatch):
+    log: list[str] = []
+
+    class Stream:
+        def __init__(self, name: object):
+            self.name = str(name)
+
+        def record_event(self) -> str:
+            log.append(f"{self.name} records")
+            return "start"
+
+        def wait_event(self, event: str) -> None:
+            log.append(f"{self.name} waits for {event}")
+
+        def wait_stream(self, other: "Stream") -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        log.append(f"to {stream.name}")
+        yield
+        log.append("back")
+
+    names = iter(["side 1", "side 2"])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(next(names)))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    fork = Fork(torch.device("cuda", 7), 3)
+    for index in range(3):
+        with fork.branch(index):
+            log.append(f"mixer {index}")
+    fork.join()
+    assert log == [
+        "main records", "mixer 0",
+        "side 1 waits for start", "to side 1", "mixer 1", "back",
+        "side 2 waits for start", "to side 2", "mixer 2", "back",
+        "main waits for side 1", "main waits for side 2",
+    ]  # fmt: skip
 
 
 class TestRefusals:

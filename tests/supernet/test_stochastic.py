@@ -101,6 +101,18 @@ def test_router_repeats_its_tables_from_any_step():
     assert torch.equal(first.counts, taken.sum((0, 2)))
 
 
+def test_router_on_a_device_draws_the_same_tables_from_a_counter_there():
+    strategy = Strategy(mixers=3, per_sample=True)
+    host, device = Router(strategy, 4, seed=7), Router(strategy, 4, seed=7, device="cpu")
+    for _ in range(3):
+        assert torch.equal(device.draw(5).table, host.draw(5).table)
+    assert torch.equal(device.counts, host.counts)
+    counter = device.step
+    counter.fill_(1)  # what a replayed graph would read
+    assert torch.equal(device.draw(5).table, Router(strategy, 4, seed=7, step=1).draw(5).table)
+    assert device.step is counter and counter.item() == 2
+
+
 @pytest.mark.parametrize("dispatch", ["host", "dense"])
 def test_keyword_arguments_follow_their_samples(dispatch):
     """Rows go with their sample; one row serves all; what has no rows is left alone."""
