@@ -302,9 +302,12 @@ class TrainingConfig(Config):
     """How a supernet is trained. Rates are per optimizer step, sizes in samples."""
 
     steps: PositiveInt
-    batch_size: PositiveInt = Field(description="samples in a micro-batch")
+    batch_size: PositiveInt = Field(description="samples in a micro-batch, on each rank")
     accumulation: PositiveInt = Field(1, description="micro-batches in a step")
     table_per: Literal["micro_batch", "step"] = "micro_batch"
+    table_per_rank: bool = Field(
+        False, description="under torchrun, draw another table on each rank instead of one for all"
+    )
     learning_rate: PositiveFloat = 1e-3
     final_learning_rate: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt = 0
@@ -324,6 +327,11 @@ class TrainingConfig(Config):
     graph: bool = Field(
         False, description="capture a step in one CUDA graph and replay it; with dispatch device"
     )
+    streams: bool = Field(
+        False,
+        description="launch each of a layer's mixers on a CUDA stream of its own, so that those of "
+        "different samples overlap; with dispatch device",
+    )
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
@@ -337,9 +345,10 @@ class TrainingConfig(Config):
     keep_checkpoints: PositiveInt = 2
 
     @model_validator(mode="after")
-    def nothing_in_a_graph_asks_the_host(self) -> "TrainingConfig":
-        if self.graph and self.dispatch != "device":
-            raise ValueError(f"graph takes dispatch device, got {self.dispatch}")
+    def the_device_dispatches_where_it_must(self) -> "TrainingConfig":
+        for key in ("graph", "streams"):
+            if getattr(self, key) and self.dispatch != "device":
+                raise ValueError(f"{key} takes dispatch device, got {self.dispatch}")
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,6 @@
 """What a run reports between two log lines, summed on the device."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from ..kernels.routing import MixerTable
 from .checkpoint import copy_tensors
 from .metrics import Mean
+from .ranks import Ranks
 
 
 class Report:
@@ -87,10 +88,25 @@ class Report:
         counts = {f"{key}.count": mean.count for key, mean in self.means.items()}
         return {"by_mixer": self.by_mixer, **totals, **counts}
 
+    def collect(self, ranks: Ranks) -> None:
+        """Bring all ranks' sums together on the first one; on the others they begin anew."""
+        if ranks.count == 1:
+            return
+        parts = ranks.gather({name: tensor.cpu() for name, tensor in self.tensors().items()})
+        self._make({name for part in parts for name in part})
+        for name, tensor in self.tensors().items():
+            tensor.zero_()
+            for part in parts if ranks.first else ():
+                if name in part:
+                    tensor += part[name].to(tensor.device)
+
+    def _make(self, names: Iterable[str]) -> None:
+        """The sums that have these names, where they are not there yet."""
+        for name in sorted(names):
+            if name.endswith(".total"):
+                self._mean(name.removesuffix(".total"))
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `tensors` returned. Raises ConfigError where they are not whole."""
-        for name in sorted(tensors):
-            if name.endswith(".total"):
-                key = name.removesuffix(".total")
-                self._mean(key)
+        self._make(tensors)
         copy_tensors(self.tensors(), tensors)

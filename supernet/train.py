@@ -5,10 +5,13 @@ bit.
 """
 
 import math
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -27,6 +30,7 @@ from .graphed_step import GraphedStep
 from .metrics import Mean
 from .model import SupernetModel, language_model_losses
 from .optimizer import GatedAdamW, clip_grad_norm, parameter_groups
+from .ranks import Ranks, local_device
 from .report import Report
 from .run_folder import (
     check_same_run,
@@ -48,24 +52,34 @@ def train(config: RunConfig) -> Path:
     Raises ConfigError where the output folder holds a run of another configuration, another process
     is training there, or the loss is no longer finite.
     """
-    with locked(config.output):
-        check_same_run(config)
-        trainer = Trainer(config)
+    ranks = Ranks(local_device(device_of(config.training.device)))
+    with locked(config.output) if ranks.first else nullcontext():
+        if ranks.first:
+            check_same_run(config)
+        ranks.wait()
+        trainer = Trainer(config, ranks)
         trainer.start()
-        write_config(config)
+        if ranks.first:
+            write_config(config)
         trainer.run()
     return latest_checkpoint(config.output)
 
 
 class Trainer:
-    """Model, optimizer and counters of one run; everything else follows from the step's number."""
+    """Model, optimizer and counters of one run; everything else follows from the step's number.
 
-    def __init__(self, config: RunConfig):
+    ranks: the processes that train together; by default this one alone, or torchrun's.
+    """
+
+    def __init__(self, config: RunConfig, ranks: Ranks | None = None):
         self.config, self.options = config, config.training
-        self.device = device_of(self.options.device)
+        self.device = local_device(device_of(self.options.device))
+        self.ranks = Ranks(self.device) if ranks is None else ranks
         torch.manual_seed(config.seed)
         self.model = SupernetModel(config.model, self.options.dispatch).to(self.device)
         self.model.train()
+        for mixer in stochastic_mixers(self.model):
+            mixer.streams = self.options.streams
         freeze(self.model, self.options.frozen)
         self.optimizer = build_optimizer(self.model, self.options)
         self.data = build_data(config.data, config.seed)
@@ -85,7 +99,8 @@ class Trainer:
             self.load(folders[-1])
         elif self.options.init_from is not None:
             load_into(self.model, self.options.init_from)
-        forget_after(self.config.output / "metrics.jsonl", self.step)
+        if self.ranks.first:
+            forget_after(self.config.output / "metrics.jsonl", self.step)
 
     def run(self) -> None:
         options = self.options
@@ -95,24 +110,34 @@ class Trainer:
             initial=self.step,
             unit="step",
             dynamic_ncols=True,
-            disable=self.step == options.steps,  # there is nothing left to do
+            disable=self.step == options.steps or not self.ranks.first,  # nothing left to do or say
         )
-        with bar, open(self.config.output / "metrics.jsonl", "a") as log:
+        metrics = self.config.output / "metrics.jsonl" if self.ranks.first else Path(os.devnull)
+        with bar, open(metrics, "a") as log:
             while self.step < options.steps:
                 self.train_step()
                 self.step += 1
                 if self.due(options.log_every):
-                    self.check_finite(self.report.scalars())
-                    record = {"step": self.step, **self.report.read()}
-                    write_record(log, record)
-                    bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
+                    self.report.collect(self.ranks)
+                    self.log(log, bar)
                 if self.due(options.evaluate_every):
                     evaluation = self.evaluate()
                     self.check_finite(evaluation)
                     write_record(log, {"step": self.step, "evaluation": evaluation})
                 if self.due(options.checkpoint_every):
-                    self.save()
+                    self.report.collect(self.ranks)
+                    if self.ranks.first:
+                        self.save()
+                    self.ranks.wait()
                 bar.update()
+
+    def log(self, log: TextIO, bar: tqdm) -> None:
+        """Write a line of what was trained since the last one; the first rank knows it all."""
+        if self.ranks.first:
+            self.check_finite(self.report.scalars())
+            record = {"step": self.step, **self.report.read()}
+            write_record(log, record)
+            bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
 
     def due(self, every: int | None) -> bool:
         """Whether something that happens every so many steps, and after the last, happens now."""
@@ -127,9 +152,12 @@ class Trainer:
                 group["lr"] = self.report.rate
         first, accumulation = self.step * self.options.accumulation, self.options.accumulation
         batches = [
-            self.data.batch(first + micro, self.options.batch_size) for micro in range(accumulation)
+            self.data.batch(self.ranks.own(first + micro), self.options.batch_size)
+            for micro in range(accumulation)
         ]
         self.inputs.fill(self.step, self.report.rate, batches)
+        self.ranks.sum_([self.inputs.labelled])
+        self.inputs.labelled.clamp_(min=1)
         self.update()
 
     def run_step(self) -> None:
@@ -141,10 +169,25 @@ class Trainer:
             table = self.draw(micro)
             self.loss(micro, table).backward()
             used += table.count.to(self.device) if table else 0
+        self.share(used)
         norm = clip_grad_norm(self.optimizer, self.options.clip_norm or math.inf, used)
         self.optimizer.step(used)
         forget_gradients(self.model, self.optimizer)
         self.report.add_norm(norm)
+
+    def share(self, used: Tensor) -> None:
+        """Add up the ranks' gradients, and in place how often they used each mixer."""
+        if self.ranks.count == 1:
+            return
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                elif group["gate"] is not None:  # memory that this rank did not write
+                    parameter.grad.masked_fill_(used[group["gate"]] == 0, 0)
+        groups = self.optimizer.param_groups
+        gradients = [parameter.grad for group in groups for parameter in group["params"]]
+        self.ranks.sum_([*gradients, used])
 
     def draw(self, micro: int) -> MixerTable | None:
         if not self.config.model.is_supernet:
@@ -152,6 +195,8 @@ class Trainer:
         step = self.inputs.step if self.options.dispatch == "device" else self.step
         if self.options.table_per == "micro_batch":
             step = step * self.options.accumulation + micro
+        if self.options.table_per_rank:
+            step = self.ranks.own(step)
         return self.model.draw(self.config.seed, step, self.options.batch_size)
 
     def loss(self, micro: int, table: MixerTable | None) -> Tensor:
@@ -165,7 +210,8 @@ class Trainer:
         losses, counts = language_model_losses(logits, labels)
         self.report.add(losses.detach(), counts, table, {**extra, **metrics})
         auxiliary = sum(mean.value for mean in extra.values())
-        return losses.sum() / self.inputs.labelled + auxiliary / self.options.accumulation
+        parts = self.options.accumulation * self.ranks.count
+        return losses.sum() / self.inputs.labelled + auxiliary / parts
 
     def evaluate(self) -> dict[str, float]:
         batches = self.data.evaluation(self.options.evaluation_batches, self.options.batch_size)
@@ -198,7 +244,9 @@ class Trainer:
         copy_tensors(model_tensors(self.model), open_tensors(folder / "model.safetensors"))
         state = open_tensors(folder / "optimizer.safetensors")
         names = [name for name in state if name.startswith(REPORT)]
-        self.report.load({name.removeprefix(REPORT): state.pop(name) for name in names})
+        sums = {name.removeprefix(REPORT): state.pop(name) for name in names}
+        if self.ranks.first:  # they are all ranks' together
+            self.report.load(sums)
         copy_tensors(optimizer_tensors(self.model, self.optimizer), state)
         self.step = int(folder.name)
 
@@ -208,6 +256,7 @@ class Inputs:
 
     tokens, labels: (accumulation, batch_size, seqlen). labelled: float32, (), how many labels count
     in the step. rate: float32, (). step: int64, ().
+    Raises ValueError for batches of another shape than the first ones.
     """
 
     def __init__(self, device: torch.device):
@@ -218,13 +267,18 @@ class Inputs:
 
     def fill(self, step: int, rate: float, batches: Sequence[Batch]) -> None:
         tokens, labels = (torch.stack(parts) for parts in zip(*batches, strict=True))
-        if self.tokens.shape != tokens.shape:
+        if self.tokens.numel() and self.tokens.shape != tokens.shape:
+            raise ValueError(
+                f"batches must keep the shape {tuple(self.tokens.shape)} of the first step, got "
+                f"{tuple(tokens.shape)}"
+            )
+        if not self.tokens.numel():
             self.tokens, self.labels = (
                 torch.empty_like(part, device=self.step.device) for part in (tokens, labels)
             )
         self.tokens.copy_(tokens)
         self.labels.copy_(labels)
-        self.labelled.fill_(max(1, int((labels != IGNORED).sum())))
+        self.labelled.fill_(int((labels != IGNORED).sum()))
         self.rate.fill_(rate)
         self.step.fill_(step)
 
@@ -245,9 +299,12 @@ def forget_gradients(model: SupernetModel, optimizer: GatedAdamW) -> None:
         if group["gate"] is None:
             for parameter in group["params"]:
                 parameter.grad = None
-    for module in model.modules():
-        if isinstance(module, StochasticMixer):
-            module.forget_gradients()
+    for mixer in stochastic_mixers(model):
+        mixer.forget_gradients()
+
+
+def stochastic_mixers(model: SupernetModel) -> Iterator[StochasticMixer]:
+    return (module for module in model.modules() if isinstance(module, StochasticMixer))
 
 
 def learning_rate(options: TrainingConfig, step: int) -> float:

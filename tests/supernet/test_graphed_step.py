@@ -21,7 +21,8 @@ STEPS = 12
 
 
 def configured(output, device="cuda", **training) -> RunConfig:
-    values = run_values(output, device=device, steps=STEPS, accumulation=2, **training)
+    training = {"device": device, "steps": STEPS, "accumulation": 2, **training}
+    values = run_values(output, **training)
     values["model"]["mixer"]["mixers"] = {
         "attention": {"type": "attention", "heads": 4, "kv_heads": 2},
         "window": {"type": "attention", "heads": 2, "window_size": 3},
@@ -31,10 +32,12 @@ def configured(output, device="cuda", **training) -> RunConfig:
 
 
 @needs_gpu
+@pytest.mark.parametrize("streams", [False, True], ids=["one stream", "a stream per mixer"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_replays_train_as_host_dispatch_does(tmp_path, dtype):
+def test_replays_train_as_host_dispatch_does(tmp_path, dtype, streams):
     losses, weights = [], []
-    for name, options in (("graph", dict(dispatch="device", graph=True)), ("host", {})):
+    graph = dict(dispatch="device", graph=True, streams=streams)
+    for name, options in (("graph", graph), ("host", {})):
         config = configured(tmp_path / name, dtype=dtype, **options)
         train(config)
         records = (config.output / "metrics.jsonl").read_text().splitlines()
@@ -65,6 +68,7 @@ def test_a_step_copies_nothing_to_the_host(tmp_path):
     trainer = Trainer(configured(tmp_path, dispatch="device", graph=True))
     for _ in range(5):
         trainer.train_step()
+    assert trainer.update.graph is not None
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:

@@ -1,0 +1,72 @@
+"""Data parallelism: processes that train one model together, each on samples of its own.
+
+`torchrun` starts them and numbers them. Gradients are added up over the ranks once per step, before
+clipping, and so is which mixers a step used; so the ranks' weights stay the same, bit for bit.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+NumberT = TypeVar("NumberT", int, Tensor, int | Tensor)
+
+
+class Ranks:
+    """The processes of a run, one for each device: torchrun's, or this one alone.
+
+    device: this process's. On CUDA they talk by NCCL, else by Gloo.
+    """
+
+    def __init__(self, device: torch.device):
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        if self.count > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what all of them have in common."""
+        return self.rank == 0
+
+    def own(self, number: NumberT) -> NumberT:
+        """This rank's number among those of all ranks, where each one has as many."""
+        return number * self.count + self.rank
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Add up over the ranks, in place; those of one dtype in one message. Reads no tensor."""
+        if self.count == 1:
+            return
+        for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+            parts = [tensor for tensor in tensors if tensor.dtype == dtype]
+            message = torch.cat([part.flatten() for part in parts])
+            dist.all_reduce(message)
+            sums = message.split([part.numel() for part in parts])
+            for part, total in zip(parts, sums, strict=True):
+                part.copy_(total.view_as(part))
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in their order, on every rank."""
+        if self.count == 1:
+            return [value]
+        values: list[T] = [value] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+def local_device(device: torch.device) -> torch.device:
+    """A rank's own device: torchrun's LOCAL_RANK numbers those of a machine."""
+    local = os.environ.get("LOCAL_RANK")
+    if device.type == "cuda" and device.index is None and local is not None:
+        torch.cuda.set_device(int(local))
+        return torch.device("cuda", int(local))
+    return device

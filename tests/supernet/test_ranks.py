@@ -1,0 +1,61 @@
+"""Two ranks train as one process does that takes their batches one after the other."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.supernet.test_graphed_step import configured
+from tossup.supernet.config import RunConfig
+from tossup.supernet.run_folder import latest_checkpoint, list_checkpoints
+from tossup.supernet.train import train
+
+ROOT = Path(__file__).parents[2]
+
+
+def train_on_two_ranks(config: RunConfig) -> None:
+    path = config.output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ran = subprocess.run(
+        [*launcher, "-m", "tossup.supernet", "train", str(path)],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        cwd=ROOT, text=True, capture_output=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+
+
+def results(config: RunConfig) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    lines = (config.output / "metrics.jsonl").read_text().splitlines()
+    weights = load_file(latest_checkpoint(config.output) / "model.safetensors")
+    return [json.loads(line) for line in lines], weights
+
+
+@pytest.mark.parametrize(("dispatch", "per_rank"), [("device", True), ("host", False)])
+def test_two_ranks_train_as_two_micro_batches(tmp_path, dispatch, per_rank):
+    """One table for all ranks is one for all micro-batches; tables per rank are per micro-batch."""
+    options = dict(device="cpu", dispatch=dispatch, log_every=3, checkpoint_every=8)
+    ranks = configured(tmp_path / "ranks", accumulation=1, table_per_rank=per_rank, **options)
+    table_per = "micro_batch" if per_rank else "step"
+    alone = configured(tmp_path / "alone", accumulation=2, table_per=table_per, **options)
+    train(alone)
+    train_on_two_ranks(ranks)
+    (got, weights), (expected, theirs) = results(ranks), results(alone)
+    for mine, other in zip(got, expected, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert mine["samples"] == other["samples"]
+    torch.testing.assert_close(weights, theirs, rtol=1e-3, atol=1e-4)
+
+    shutil.rmtree(list_checkpoints(ranks.output)[-1])
+    train_on_two_ranks(ranks)
+    again, resumed = results(ranks)
+    assert again == got
+    torch.testing.assert_close(resumed, weights, rtol=0, atol=0)
