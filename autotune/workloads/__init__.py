@@ -1,0 +1,92 @@
+"""The registry: every op that is measured, and the shapes that benchmarks and gates take.
+
+Benchmarks, `tossup bench`, device runs, gates and the tuner are all made from it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .attention import Attention
+from .causal_conv1d import CausalConv1d
+from .linear import Linear
+from .selective_scan import SelectiveScan
+from .workload import Calls, Expected, MissingPeer, Prepared, Results, Workload
+
+__all__ = [
+    "OPS",
+    "Calls",
+    "Expected",
+    "MissingPeer",
+    "Prepared",
+    "Results",
+    "Workload",
+    "build",
+    "keys",
+    "shipped",
+]
+
+OPS: dict[str, type[Workload]] = {
+    kind.op: kind for kind in (Attention, SelectiveScan, CausalConv1d, Linear)
+}
+
+
+def build(op: str, values: Mapping[str, Any]) -> Workload:
+    """A workload of a user's shape; a key that is not given has its default.
+
+    Raises ValueError, one sentence, for an op or a key that is not known, or a wrong value.
+    """
+    if op not in OPS:
+        raise ValueError(f"OP takes {', '.join(OPS)}, got {op!r}")
+    known = keys(op)
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{op} takes the keys {', '.join(known)}, got {key!r}")
+    return OPS[op](**values)
+
+
+def keys(op: str) -> dict[str, tuple[Any, str]]:
+    """The keys of an op: default and meaning."""
+    return {f.name: (f.default, f.metadata["about"]) for f in OPS[op].keys()}
+
+
+def shipped(device_type: str) -> tuple[Workload, ...]:
+    """The workloads of `make bench` and the gates on a CPU, and of a device run on a GPU."""
+    return ON_GPU if device_type == "cuda" else ON_CPU
+
+
+ON_CPU: tuple[Workload, ...] = (
+    Attention(batch=2, seqlen=512, heads=8, kv_heads=8, head_dim=64, dtype="fp32"),
+    SelectiveScan(batch=2, seqlen=512, dim=128, dtype="fp32"),
+    SelectiveScan(batch=4, seqlen=512, dim=128, dtype="fp32", active=2),
+    CausalConv1d(batch=2, seqlen=512, dim=128, dtype="fp32"),
+    CausalConv1d(batch=1, seqlen=2048, dim=1024, dtype="fp32"),
+    Linear(batch=2, seqlen=512, in_features=256, out_features=512, dtype="fp32"),
+)
+
+ON_GPU: tuple[Workload, ...] = (
+    *(
+        Attention(batch=16384 // n, seqlen=n, heads=16, kv_heads=16)
+        for n in (2048, 4096, 8192, 16384)
+    ),
+    Attention(batch=4, seqlen=4096, heads=32, kv_heads=8),
+    Attention(batch=4, seqlen=4096, heads=32, kv_heads=32, head_dim=64),
+    Attention(batch=2, seqlen=8192, heads=16, kv_heads=16, window=1023),
+    Attention(batch=4, seqlen=4096, heads=16, kv_heads=16, active=2),
+    Attention(batch=4, seqlen=4096, heads=16, kv_heads=16, active=0),
+    SelectiveScan(batch=8, seqlen=4096, dim=4096),
+    SelectiveScan(batch=8, seqlen=4096, dim=2048),
+    SelectiveScan(batch=2, seqlen=2048, dim=2048, state=64),
+    SelectiveScan(batch=1, seqlen=32768, dim=1024),
+    SelectiveScan(batch=8, seqlen=4096, dim=4096, active=4),
+    SelectiveScan(batch=8, seqlen=4096, dim=4096, active=0),
+    CausalConv1d(batch=8, seqlen=4096, dim=4096),
+    CausalConv1d(batch=2, seqlen=2048, dim=2048),
+    CausalConv1d(batch=8, seqlen=4096, dim=4096, active=0),
+    *(
+        Linear(batch=batch, in_features=width, out_features=out)
+        for batch, width, out in (
+            (1, 2048, 2048), (4, 2048, 2048), (4, 2048, 8192), (4, 8192, 2048), (4, 4096, 4096)
+        )
+    ),
+    Linear(batch=4, in_features=2048, out_features=2048, active=0),
+)  # fmt: skip

@@ -1,0 +1,173 @@
+"""Attention, against torch's own kernels and FlexAttention."""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ...kernels.flash_attention import flash_attention
+from ...kernels.flash_attention.reference import attend
+from ...kernels.routing import Route
+from ..peaks import Floor
+from .workload import Calls, Index, MissingPeer, Workload, differentiable, normal, option, size
+
+BLOCK = 1024  # queries that the reference takes at a time
+
+# torch's layout, (batch, heads, seqlen, head_dim)
+TORCH_AXES = {name: (0, 2, 1, 3) for name in ("q", "k", "v", "out")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Workload):
+    op = "attention"
+    per_sample = frozenset(("q", "k", "v", "dout"))
+
+    heads: int = size(32, "query heads")
+    kv_heads: int = size(8, "heads of keys and values; divides heads")
+    head_dim: int = size(128, "channels of a head")
+    causal: bool = option(True, "a query sees no later key")
+    window: int | None = option(None, "keys before its own that a query sees; null: all")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"kv_heads takes a divisor of heads = {self.heads}, got {self.kv_heads}"
+            )
+        if self.window is not None and not self.causal:
+            raise ValueError("window takes causal=true")
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Keys to the left and to the right that a query sees, -1 for all."""
+        return -1 if self.window is None else self.window, 0 if self.causal else -1
+
+    @property
+    def pairs(self) -> int:
+        """Queries and keys that see each other, over all heads and samples with work."""
+        n = self.seqlen
+        if not self.causal:
+            seen = n * n
+        else:
+            full = n if self.window is None else min(n, self.window + 1)  # the most that one sees
+            seen = full * (full + 1) // 2 + (n - full) * full
+        return seen * self.heads * self.samples
+
+    def inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
+        shapes = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads, "dout": self.heads}
+        return {
+            name: normal(
+                generator, self.batch, self.seqlen, heads, self.head_dim, dtype=self.torch_dtype
+            )
+            for name, heads in shapes.items()
+        }
+
+    def ours(self, inputs: dict[str, Tensor], route: Route | None) -> Calls:
+        forward = partial(
+            flash_attention, causal=self.causal, window_size=(self.sides[0], -1), route=route
+        )
+        return differentiable(forward, inputs)
+
+    def peers(self, inputs: dict[str, Tensor]) -> dict[str, Callable[[], Calls]]:
+        if inputs["q"].device.type != "cuda":
+            return {"SDPA": partial(self.sdpa, inputs, None)}
+        return {
+            "SDPA cuDNN": partial(self.sdpa, inputs, SDPBackend.CUDNN_ATTENTION),
+            "SDPA flash": partial(self.sdpa, inputs, SDPBackend.FLASH_ATTENTION),
+            "FlexAttention": partial(self.flex, inputs),
+        }
+
+    def sdpa(self, inputs: dict[str, Tensor], backend: SDPBackend | None) -> Calls:
+        if self.window is not None:
+            raise MissingPeer("has no sliding window")
+        grouped = self.heads != self.kv_heads
+
+        def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend) if backend else nullcontext():
+                return F.scaled_dot_product_attention(
+                    q, k, v, is_causal=self.causal, enable_gqa=grouped
+                )
+
+        return differentiable(forward, inputs, TORCH_AXES)
+
+    def flex(self, inputs: dict[str, Tensor]) -> Calls:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        left, _ = self.sides
+
+        def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            seen = query >= key
+            return seen & (query - key <= left) if left >= 0 else seen
+
+        mask = None
+        if self.causal:
+            device = inputs["q"].device
+            mask = create_block_mask(sees, None, None, self.seqlen, self.seqlen, device=device)
+        # Every shape is compiled anew, and torch keeps only so many versions of one function
+        torch._dynamo.reset()
+        compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+        grouped = self.heads != self.kv_heads
+
+        def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return compiled(q, k, v, block_mask=mask, enable_gqa=grouped)
+
+        return differentiable(forward, inputs, TORCH_AXES)
+
+    def reference(
+        self, inputs: dict[str, Tensor], cast: Callable[[Tensor], Tensor]
+    ) -> Iterator[tuple[str, Index, Tensor]]:
+        """The last sample's last head of keys and its queries, a block of queries at a time: where
+        attention is causal, a block's last query sees the last key that the block is given."""
+        group, last = self.heads // self.kv_heads, slice(self.samples - 1, self.samples)
+        of_q: Index = (last, slice(None), slice(self.heads - group, None))
+        of_k: Index = (last, slice(None), slice(self.kv_heads - 1, None))
+        q, k, v = (
+            cast(inputs[name][index]).requires_grad_()
+            for name, index in (("q", of_q), ("k", of_k), ("v", of_k))
+        )
+        dout, outs = cast(inputs["dout"][of_q]), []
+        sums = [torch.zeros_like(x, dtype=torch.float64) for x in (q, k, v)]
+        for start in range(0, self.seqlen, BLOCK):
+            stop = min(start + BLOCK, self.seqlen)
+            seen = slice(0, stop if self.causal else None)
+            out, _ = attend(
+                q[:, start:stop], k[:, seen], v[:, seen], *self.sides, self.head_dim**-0.5,
+                0.0, None, 0.0, None, torch.zeros(1, dtype=torch.int64, device=q.device),
+            )  # fmt: skip
+            outs.append(out.detach())
+            for total, grad in zip(
+                sums, torch.autograd.grad(out, (q, k, v), dout[:, start:stop]), strict=True
+            ):
+                total += grad
+        yield "out", of_q, torch.cat(outs, 1)
+        for name, index, total in zip(("dq", "dk", "dv"), (of_q, of_k, of_k), sums, strict=True):
+            yield name, index, total.to(q.dtype)
+
+    def floor(self, direction: str) -> Floor:
+        tokens = self.samples * self.seqlen
+        of_q = tokens * self.heads * self.head_dim * self.itemsize
+        of_k = tokens * self.kv_heads * self.head_dim * self.itemsize
+        of_lse = 4 * tokens * self.heads
+        if direction == "forward":
+            return Floor(
+                bytes=2 * of_q + 2 * of_k + of_lse,
+                mufu=self.pairs,
+                instructions=7 * self.pairs,
+                **self.products(4 * self.head_dim * self.pairs),
+            )
+        return Floor(
+            bytes=4 * of_q + 4 * of_k + of_lse,
+            mufu=2 * self.pairs,
+            instructions=18 * self.pairs,
+            **self.products(14 * self.head_dim * self.pairs),
+        )
+
+    def flops(self, direction: str) -> float:
+        """Two products forward; five backward, of which a deterministic kernel repeats two."""
+        products = {"forward": 2, "backward": 5}
+        return 2 * self.head_dim * self.pairs * sum(products[p] for p in direction.split("+"))

@@ -1,0 +1,207 @@
+"""Selective scan, against mamba-ssm: its reference on a CPU, its CUDA kernel on a GPU."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ...kernels.routing import Route
+from ...kernels.selective_scan import selective_scan
+from ...kernels.selective_scan.ops import CHUNKS
+from ...kernels.selective_scan.reference import selective_scan_reference
+from ..peaks import Floor
+from .upstream import extension, mamba_ssm_reference
+from .workload import (
+    Calls,
+    Index,
+    Results,
+    Workload,
+    differentiable,
+    inverse,
+    lay_out,
+    normal,
+    size,
+)
+
+STEPS = 256  # tokens between the states that the reference keeps for its backward pass
+CHANNELS = 16  # of which sums over all samples are compared
+
+# mamba-ssm's layout: channels, or groups and states, before the tokens
+AXES: dict[str, tuple[int, ...]] = {name: (0, 2, 1) for name in ("u", "delta", "z", "out")} | {
+    name: (0, 2, 3, 1) for name in ("B", "C")
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectiveScan(Workload):
+    op = "selective_scan"
+    per_sample = frozenset(("u", "delta", "B", "C", "z", "dout"))
+
+    dim: int = size(4096, "channels")
+    state: int = size(16, "states of a channel")
+    groups: int = size(1, "groups of B and C; divides dim")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dim % self.groups:
+            raise ValueError(f"groups takes a divisor of dim = {self.dim}, got {self.groups}")
+
+    def inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """With a gate, a skip and softplus, and numbers as Mamba begins with: A is -1, -2, …, and
+        steps are around 0.01. A, D and the bias are float32."""
+        of_token = self.batch, self.seqlen, self.dim
+        of_group = self.batch, self.seqlen, self.groups, self.state
+        shapes: dict[str, tuple[int, ...]] = {
+            "u": of_token,
+            "delta": of_token,
+            "z": of_token,
+            "dout": of_token,
+        }
+        shapes |= {"B": of_group, "C": of_group}
+        made = {n: normal(generator, *s, dtype=self.torch_dtype) for n, s in shapes.items()}
+        D, bias = (normal(generator, self.dim, dtype=torch.float32) for _ in range(2))
+        A = -torch.arange(1.0, self.state + 1, device=D.device).repeat(self.dim, 1)
+        return made | {"A": A, "D": D, "delta_bias": bias - 5}
+
+    def ours(self, inputs: dict[str, Tensor], route: Route | None) -> Calls:
+        return differentiable(partial(selective_scan, delta_softplus=True, route=route), inputs)
+
+    def peers(self, inputs: dict[str, Tensor]) -> dict[str, Callable[[], Calls]]:
+        if inputs["u"].device.type != "cuda":
+            return {"mamba_ssm reference": partial(upstream_reference, inputs)}
+        return {
+            "mamba_ssm CUDA": partial(upstream_cuda, inputs, transposes=False),
+            "mamba_ssm CUDA, transposes": partial(upstream_cuda, inputs, transposes=True),
+        }
+
+    def reference(
+        self, inputs: dict[str, Tensor], cast: Callable[[Tensor], Tensor]
+    ) -> Iterator[tuple[str, Index, Tensor]]:
+        """What has a batch: the last sample, all channels of the last group. What has none, sums
+        over all samples: a few channels."""
+        every, of_group = slice(None), self.dim // self.groups
+        last = slice(self.samples - 1, self.samples)
+        for samples, channels, names in (
+            (last, of_group, ("out", "du", "ddelta", "dB", "dC", "dz")),
+            (slice(0, self.samples), min(CHANNELS, of_group), ("dA", "dD", "ddelta_bias")),
+        ):
+            some = slice(self.dim - channels, None)
+            index: dict[str, Index] = dict.fromkeys(
+                ("u", "delta", "z", "out"), (samples, every, some)
+            )
+            index |= dict.fromkeys(("B", "C"), (samples, every, slice(self.groups - 1, None)))
+            index |= dict.fromkeys(("A", "D", "delta_bias"), (some,))
+            parts = {n: cast(x[index[n]]) for n, x in inputs.items() if n != "dout"}
+            results = scan_in_steps(parts, cast(inputs["dout"][index["out"]]))
+            for name in names:
+                yield name, index[name if name == "out" else name[1:]], results[name]
+
+    def floor(self, direction: str) -> Floor:
+        tokens = self.samples * self.seqlen
+        channels = tokens * self.dim
+        states = channels * self.state
+        kept = 4 * states / CHUNKS["triton"]
+        of_group = tokens * self.groups * self.state * self.itemsize
+        if direction == "forward":
+            return Floor(
+                bytes=4 * channels * self.itemsize + kept + 2 * of_group,
+                mufu=states,
+                instructions=4 * states,
+            )
+        return Floor(
+            bytes=7 * channels * self.itemsize + kept + 4 * of_group,
+            mufu=2 * states,
+            instructions=14 * states,
+        )
+
+    def flops(self, direction: str) -> float:
+        """None of them are products of matrices."""
+        return 0.0
+
+
+def scan_in_steps(inputs: dict[str, Tensor], dout: Tensor) -> Results:
+    """Our reference and its gradients, some tokens at a time, as its graph keeps every state."""
+    leaves = {n: x.requires_grad_() for n, x in inputs.items()}
+
+    def step(start: int, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        u, delta, B, C, z = (
+            leaves[n][:, start : start + STEPS] for n in ("u", "delta", "B", "C", "z")
+        )
+        return selective_scan_reference(
+            u, delta, leaves["A"], B, C, leaves["D"], z, leaves["delta_bias"], True, state, None
+        )
+
+    outs, state = [], None
+    for start in range(0, dout.shape[1], STEPS):
+        out, state = checkpoint(step, start, state, use_reentrant=False)
+        outs.append(out)
+    out = torch.cat(outs, 1)
+    gradients = torch.autograd.grad(out, list(leaves.values()), dout)
+    return {"out": out.detach()} | {f"d{n}": x for n, x in zip(leaves, gradients, strict=True)}
+
+
+def upstream_reference(inputs: dict[str, Tensor]) -> Calls:
+    scan = mamba_ssm_reference().selective_scan_ref
+    return differentiable(partial(scan, delta_softplus=True), inputs, AXES)
+
+
+def upstream_cuda(inputs: dict[str, Tensor], transposes: bool) -> Calls:
+    """mamba-ssm's two kernels, called as its autograd function calls them, without autograd.
+
+    transposes: whether to time those that a model of (batch, seqlen, dim) tensors needs, in and
+        out; otherwise all tensors lie as the kernels want them.
+    """
+    kernels = extension("selective_scan_cuda")
+    moved = {
+        name: x if name not in AXES else lay_out(x, AXES[name])
+        for name, x in inputs.items()
+        if name != "dout"
+    }
+    dout = lay_out(inputs["dout"], AXES["out"])
+    kept: list[tuple[Tensor, ...]] = []
+
+    def theirs(name: str) -> Tensor:
+        if transposes and name in AXES:
+            return lay_out(inputs[name], AXES[name])
+        return moved[name]
+
+    def ours(name: str, x: Tensor) -> Tensor:
+        axes = AXES.get(name)
+        if axes is None:
+            return x
+        x = x.permute(inverse(axes))
+        return x.contiguous() if transposes else x
+
+    def forward() -> tuple[tuple[Tensor, ...], Tensor]:
+        u, delta, A, B, C, D, z, bias = (
+            theirs(n) for n in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+        )
+        ungated, states, out = kernels.fwd(u, delta, A, B, C, D, z, bias, True)
+        return (u, delta, A, B, C, D, z, bias, states, ungated), out
+
+    def backward(saved: tuple[Tensor, ...]) -> Results:
+        *tensors, states, ungated = saved
+        above = lay_out(inputs["dout"], AXES["out"]) if transposes else dout
+        du, ddelta, dA, dB, dC, dD, dbias, dz = kernels.bwd(
+            *tensors, above, states, ungated, None, True, False
+        )
+        found = {"u": du, "delta": ddelta, "A": dA, "B": dB, "C": dC, "D": dD, "z": dz}
+        found["delta_bias"] = dbias
+        return {f"d{name}": ours(name, x) for name, x in found.items()}
+
+    def run_forward() -> Results:
+        return {"out": ours("out", forward()[1])}
+
+    def run_backward() -> Results:
+        if not kept:
+            kept.append(forward()[0])
+        return backward(kept[0])
+
+    def run_both() -> Results:
+        saved, out = forward()
+        return {"out": ours("out", out), **backward(saved)}
+
+    return {"forward": run_forward, "backward": run_backward, "forward+backward": run_both}

@@ -1,0 +1,39 @@
+"""mamba-ssm and causal-conv1d as peers: their Python without CUDA, and their CUDA alone."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from .workload import MissingPeer
+
+
+@contextmanager
+def stand_in(module: str) -> Iterator[None]:
+    """An empty module in place of one that is not installed, while another is imported."""
+    sys.modules[module] = ModuleType(module)
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+def mamba_ssm_reference() -> ModuleType:
+    """The module of `selective_scan_ref`, which needs no extension, but imports one."""
+    name = "mamba_ssm.ops.selective_scan_interface"
+    try:
+        if name in sys.modules:
+            return sys.modules[name]
+        with stand_in("selective_scan_cuda"):
+            return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingPeer(f"cannot be imported: {error}") from error
+
+
+def extension(name: str) -> ModuleType:
+    """A CUDA extension by itself, as bench/peers.py builds it from a source distribution."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingPeer(f"not built: {error}") from error

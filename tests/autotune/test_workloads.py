@@ -1,0 +1,170 @@
+"""The registry: what its workloads compute, what they are compared with, and their floors."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tossup.autotune.peaks import PEAKS, Floor, Peak
+from tossup.autotune.workloads import OPS, MissingPeer, Prepared, Workload, build, keys, shipped
+
+SMALL = {
+    "attention": {"seqlen": 37, "heads": 4, "kv_heads": 2, "head_dim": 16},
+    "selective_scan": {"seqlen": 37, "dim": 24, "state": 4, "groups": 2},
+    "causal_conv1d": {"seqlen": 37, "dim": 24},
+    "linear": {"seqlen": 37, "in_features": 24, "out_features": 40},
+}
+every_op = pytest.mark.parametrize("op", OPS)
+
+
+def small(op: str, **values) -> Workload:
+    return build(op, SMALL[op] | {"batch": 3, "dtype": "fp32"} | values)
+
+
+def peers_of(prepared: Prepared) -> dict:
+    made = {}
+    for name, make in prepared.peers.items():
+        try:
+            made[name] = make()
+        except MissingPeer:
+            continue
+    return made
+
+
+@pytest.mark.parametrize("active", [None, 2])
+@every_op
+def test_ours_and_a_peer_agree_with_the_reference_in_every_direction(op, active):
+    workload = small(op, active=active)
+    prepared = workload.prepare("cpu")
+    peers = peers_of(prepared)
+    assert peers
+    for direction in workload.directions:
+        for calls in (prepared.ours, *peers.values()):
+            results = calls[direction]()
+            assert prepared.wrong(results) is None
+            again = calls[direction]()  # a call leaves nothing behind that changes the next
+            for name, value in results.items():
+                torch.testing.assert_close(
+                    value[: workload.samples], again[name][: workload.samples]
+                )
+
+
+@every_op
+def test_every_result_is_compared_and_a_wrong_one_is_named(op):
+    workload = small(op)
+    prepared = workload.prepare("cpu")
+    results = {n: x for d in workload.directions for n, x in prepared.ours[d]().items()}
+    assert {part.result for part in prepared.expected()} == results.keys()
+    for name, value in results.items():
+        off = value.detach().clone()
+        off[(-1,) * off.ndim] += 0.1 * off.abs().max()
+        assert prepared.wrong(results | {name: off}).startswith(f"{name} is off by ")
+        off[(-1,) * off.ndim] = float("nan")
+        assert prepared.wrong(results | {name: off}).startswith(f"{name} is off by inf")
+
+
+@pytest.mark.parametrize("values", [{"window": 9}, {"causal": False}, {"dtype": "bf16"}])
+def test_attention_agrees_in_its_variants(values):
+    workload = small("attention", **values)
+    prepared = workload.prepare("cpu")
+    assert prepared.wrong(prepared.ours["forward+backward"]()) is None
+
+
+def test_blocks_of_the_references_agree_with_the_whole(monkeypatch):
+    """Queries and tokens come in blocks, which these shapes would not fill."""
+    from tossup.autotune.workloads import attention, selective_scan
+
+    monkeypatch.setattr(attention, "BLOCK", 10)
+    monkeypatch.setattr(selective_scan, "STEPS", 10)
+    for op in ("attention", "selective_scan"):
+        prepared = small(op).prepare("cpu")
+        assert prepared.wrong(prepared.ours["forward+backward"]()) is None
+
+
+@every_op
+def test_without_a_sample_ours_runs_and_no_peer_has_anything_to_do(op):
+    workload = small(op, active=0)
+    prepared = workload.prepare("cpu")
+    assert not prepared.peers and not prepared.expected()
+    for direction in workload.directions:
+        assert prepared.ours[direction]()
+        assert all(part == Floor() for part in flops_of(workload.parts(direction)))
+
+
+def flops_of(parts: list[Floor]) -> list[Floor]:
+    """Without bytes: a weight may be counted where no sample reads it."""
+    return [replace(part, bytes=0) for part in parts]
+
+
+def test_a_peer_that_cannot_run_says_why():
+    peers = small("attention", window=5).prepare("cpu").peers
+    with pytest.raises(MissingPeer, match="no sliding window"):
+        peers["SDPA"]()
+
+
+def test_floors_are_those_of_the_kernels_docstrings():
+    """In ms on an H200: kernels/selective_scan/kernel.py and kernels/linear/kernel.py."""
+    h200 = PEAKS["NVIDIA H200"]
+    scan = build("selective_scan", {"batch": 8, "seqlen": 4096, "dim": 4096, "state": 16})
+    for direction, milliseconds in (("forward", 0.51), ("backward", 1.0)):
+        floor = scan.floor(direction)
+        assert h200.seconds(floor) == pytest.approx(milliseconds / 1e3, rel=0.03)
+        assert h200.binds(floor) == "mufu"
+    linear = build("linear", {"batch": 4, "seqlen": 4096})
+    assert h200.seconds(linear.floor("forward")) == pytest.approx(0.13e-3, rel=0.03)
+    assert h200.binds(linear.floor("wgrad")) == "matrix_flops"
+
+
+def test_pairs_are_those_that_the_mask_leaves():
+    query, key = torch.arange(37)[:, None], torch.arange(37)
+    for values, mask in (
+        ({}, key <= query),
+        ({"window": 9}, (key <= query) & (key >= query - 9)),
+        ({"window": 99}, key <= query),
+        ({"causal": False}, torch.ones(37, 37)),
+    ):
+        workload = small("attention", **values)
+        assert workload.pairs == mask.sum() * 4 * 3
+        assert workload.flops("forward+backward") == 7 * 2 * 16 * workload.pairs
+
+
+def test_float32_products_have_no_matrix_unit():
+    peak = Peak(1e12, processors=100, clock=1e9, matrix_flops=4096, float32_flops=256)
+    half, full = (small("linear", dtype=dtype).floor("forward") for dtype in ("bf16", "fp32"))
+    assert half.matrix_flops == full.float32_flops > 0 == half.float32_flops == full.matrix_flops
+    assert peak.parts(full)["float32_flops"] == pytest.approx(full.float32_flops / 25.6e12)
+    assert peak.seconds(Floor(bytes=3e12, mufu=1)) == 3 and peak.binds(Floor(bytes=1)) == "bytes"
+
+
+def test_a_name_is_what_one_types_and_names_are_distinct():
+    for device in ("cpu", "cuda"):
+        names = [workload.name for workload in shipped(device)]
+        assert len(names) == len(set(names))
+    assert small("linear", active=2).name == (
+        "linear batch=3 seqlen=37 in_features=24 out_features=40 dtype=fp32 active=2"
+    )
+    assert list(keys("linear")) == [
+        "batch", "seqlen", "in_features", "out_features", "dtype", "active",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("op", "values", "message"),
+    [
+        ("scan", {}, "OP takes attention, selective_scan, causal_conv1d, linear, got 'scan'"),
+        ("linear", {"dim": 4}, "linear takes the keys batch, seqlen, .*, got 'dim'"),
+        ("linear", {"seqlen": 0}, "seqlen takes a whole number from 1 on, got 0"),
+        ("linear", {"seqlen": 1.5}, "seqlen takes a whole number from 1 on, got 1.5"),
+        ("linear", {"dtype": "fp8"}, "dtype takes bf16, fp16, fp32, got 'fp8'"),
+        ("linear", {"active": 2}, "active takes at most the batch of 1, got 2"),
+        ("linear", {"active": -1}, "active takes a whole number from 0 on, got -1"),
+        ("attention", {"causal": 1}, "causal takes true or false, got 1"),
+        ("attention", {"kv_heads": 3}, "kv_heads takes a divisor of heads = 32, got 3"),
+        ("attention", {"causal": False, "window": 2}, "window takes causal=true"),
+        ("selective_scan", {"groups": 3}, "groups takes a divisor of dim = 4096, got 3"),
+        ("causal_conv1d", {"width": 5}, "width takes 2 to 4, got 5"),
+    ],
+)
+def test_wrong_keys_and_values_get_a_sentence(op, values, message):
+    with pytest.raises(ValueError, match=message):
+        build(op, values)
