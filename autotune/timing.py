@@ -1,8 +1,27 @@
-"""What repeated runs took."""
+"""How long calls take: on a CPU by the clock, on a GPU by events, in turns where they are compared.
 
+A GPU works through a queue. What is timed there is captured in a CUDA graph, so that the host costs
+nothing between kernels, and queued behind other work, so that the GPU never waits for the host
+between the two events. A cold run comes behind a write of twice the L2 cache, which leaves nothing
+else in it; a warm one behind the same calls.
+"""
+
+import math
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+Call = Callable[[], Any]
+
+SHORT = 1e-4  # seconds, below which a call is also timed warm
+WARM_SECONDS = 2e-4  # that the calls of one warm run take together, at least
+MOST_REPEATS = 200
+FEW_REPEATS = 20
 
 
 @dataclass(frozen=True)
@@ -20,7 +39,138 @@ class Timing:
         return statistics.median(self.seconds)
 
     @property
+    def p20(self) -> float:
+        return statistics.quantiles(self.seconds, n=5, method="inclusive")[0]
+
+    @property
+    def p80(self) -> float:
+        return statistics.quantiles(self.seconds, n=5, method="inclusive")[-1]
+
+    @property
     def spread(self) -> float:
         """Half the distance between the quartiles, as a part of the median."""
         low, _, high = statistics.quantiles(self.seconds, n=4)
         return (high - low) / 2 / self.median
+
+
+@dataclass(frozen=True)
+class Run:
+    """seconds: runs a call once, or more often, and says how long once takes. method: how timed."""
+
+    seconds: Callable[[], float]
+    method: str
+
+
+class Stopwatch(Protocol):
+    def here(self) -> AbstractContextManager:
+        """Where calls run that are timed later, for whatever they keep from one to the next."""
+
+    def prepare(self, call: Call) -> Run:
+        """Warm a call up."""
+
+
+class CpuStopwatch:
+    """By the clock, after one call that warms up."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self.clock = clock
+
+    def here(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def prepare(self, call: Call) -> Run:
+        call()
+
+        def seconds() -> float:
+            start = self.clock()
+            call()
+            return self.clock() - start
+
+        return Run(seconds, "clock")
+
+
+class GpuStopwatch:
+    """By events around the replay of a graph; where a call cannot be captured, around calls.
+
+    All is on one stream: autograd runs a backward pass where the forward pass ran, and a stream
+    that is captured must not meet another.
+    flush: writes twice the L2 cache. cuda: stands for torch.cuda.
+    """
+
+    def __init__(self, flush: Call | None = None, cuda: Any = torch.cuda):
+        self.cuda, self.stream = cuda, cuda.Stream()
+        self.flush = flush or flush_of(2 * cuda.get_device_properties().L2_cache_size)
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        self.cuda.synchronize()
+        with self.cuda.stream(self.stream):
+            yield
+        self.cuda.synchronize()
+
+    def prepare(self, call: Call, warm: bool = False) -> Run:
+        """warm: as many calls as take WARM_SECONDS, behind as many; else one, behind a flush."""
+        with self.here():
+            for _ in range(3):  # compiles what is compiled at the first call
+                call()
+        repeats = self.repeats(call) if warm else 1
+        try:
+            graph = self.cuda.CUDAGraph()
+            with self.cuda.graph(graph, stream=self.stream):
+                for _ in range(repeats):
+                    call()
+        except RuntimeError as error:
+            self.cuda.synchronize()
+            reason = str(error).partition("\n")[0]
+            return self.run(repeated(call, repeats), repeats, warm, f"calls, not a graph: {reason}")
+        return self.run(graph.replay, repeats, warm, "graph")
+
+    def repeats(self, call: Call) -> int:
+        few = self.run(repeated(call, FEW_REPEATS), FEW_REPEATS, True, "calls")
+        return max(1, min(MOST_REPEATS, math.ceil(WARM_SECONDS / few.seconds())))
+
+    def run(self, work: Call, repeats: int, warm: bool, method: str) -> Run:
+        start, end = (self.cuda.Event(enable_timing=True) for _ in range(2))
+
+        def seconds() -> float:
+            with self.cuda.stream(self.stream):
+                (work if warm else self.flush)()
+                start.record()
+                work()
+                end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3 / repeats
+
+        return Run(seconds, method)
+
+
+def flush_of(size: int) -> Call:
+    return torch.empty(size, dtype=torch.int8, device="cuda").zero_
+
+
+def repeated(call: Call, times: int) -> Call:
+    def calls() -> None:
+        for _ in range(times):
+            call()
+
+    return calls
+
+
+def take_turns(runs: Mapping[str, Run], rounds: int) -> dict[str, Timing]:
+    """Every run once in each round, so that what slows the machine down slows all of them; each
+    round begins with another, so that none always runs behind the same one."""
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(runs[name].seconds())
+    return {name: Timing(values) for name, values in seconds.items()}
+
+
+def rounds_within(seconds: float, runs: Mapping[str, Run], fewest: int, most: int) -> int:
+    """How many rounds of all runs this much time allows, by one that is not counted."""
+    start = time.perf_counter()
+    for run in runs.values():
+        run.seconds()
+    return max(fewest, min(most, int(seconds / (time.perf_counter() - start))))

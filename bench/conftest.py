@@ -1,112 +1,84 @@
-"""A race: ours against a peer, checked first, then timed in turns on the same inputs.
+"""Races of ours against peers under pytest-benchmark: `python -m pytest bench`.
 
-Ours is timed by pytest-benchmark, so its storage and comparison options serve (`--benchmark-save`,
-`--benchmark-compare-fail`). The peer runs before each of our rounds, so that whatever slows the
-machine down slows both. A table of ratios comes at the end; `--record` also writes it, with
-versions, to bench/results/cpu/.
+Ours is reported by pytest-benchmark, so its storage and comparison serve (`--benchmark-save`,
+`--benchmark-compare-fail`); the seconds are those that the race measured, on a GPU by events. A
+table with the peers comes at the end. `--record` also writes bench/results/<device>/<time>.json.
 """
-
-import json
-import platform
-import time
-from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from tossup.autotune.timing import Timing
+from bench.records import new_record, write_record
+from tossup.autotune.races import OURS, race, table
+from tossup.autotune.workloads import shipped
 
 RACES = pytest.StashKey[list[dict]]()
-FEWEST, MOST, BUDGET = 3, 15, 10.0  # rounds of a race, and the seconds it should take
-PACKAGES = ("torch", "numba", "numpy", "mamba-ssm", "transformers")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--record", action="store_true", help="write the ratios to bench/results/cpu")
+    parser.addoption("--record", action="store_true", help="write the results to bench/results")
+    parser.addoption("--race-device", default="cpu", help="cpu (default) or cuda")
+    parser.addoption("--race-seconds", type=float, default=2.0, help="of one race; 2 by default")
 
 
 def pytest_configure(config):
     config.stash[RACES] = []
+    torch.set_num_threads(1)  # what else runs on the machine is then felt least
+
+
+def pytest_generate_tests(metafunc):
+    if "workload" in metafunc.fixturenames:
+        device = metafunc.config.getoption("--race-device")
+        cases = [(w, direction) for w in shipped(device) for direction in w.directions]
+        ids = [f"{workload.name}, {direction}" for workload, direction in cases]
+        metafunc.parametrize(("workload", "direction"), cases, ids=ids)
+
+
+class Clock:
+    """Stands still, but for what it is told: pytest-benchmark then reports what a race measured."""
+
+    __name__ = "race"
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def advance(self, seconds):
+        self.now += seconds
+
+
+CLOCK = Clock()
 
 
 @pytest.fixture
-def race(benchmark, request) -> Callable:
-    """race(ours, peer, tolerance): both return tensors, which must agree before anything is timed.
+def run_race(benchmark, request):
+    config = request.config
 
-    tolerance: the largest difference allowed, in units of each tensor's largest value.
-    """
-
-    def run(
-        ours: Callable[[], list[Tensor]], peer: Callable[[], list[Tensor]], tolerance: float
-    ) -> None:
-        for i, (mine, theirs) in enumerate(zip(ours(), peer(), strict=True)):
-            difference = ((mine - theirs).abs().max() / theirs.abs().max()).item()
-            assert difference <= tolerance, f"result {i} differs by {difference:.1e}: not timed"
-
-        peer_seconds: list[float] = []
-
-        def peer_first():
-            start = time.perf_counter()
-            peer()
-            peer_seconds.append(time.perf_counter() - start)
-
-        peer_first()  # the second call of each is warm, and tells how many rounds there is time for
-        rounds = max(FEWEST, min(MOST, int(BUDGET / peer_seconds.pop())))
-        benchmark.pedantic(ours, setup=peer_first, rounds=rounds)
-        mine, theirs = Timing(benchmark.stats.stats.data), Timing(peer_seconds)
-        result = {
-            "rounds": rounds,
-            "name": request.node.name,
-            "ours_ms": mine.median * 1e3,
-            "ours_spread": mine.spread,
-            "peer_ms": theirs.median * 1e3,
-            "peer_spread": theirs.spread,
-        }
-        result["ratio"] = result["peer_ms"] / result["ours_ms"]
-        benchmark.extra_info.update(result)
-        request.config.stash[RACES].append(result)
+    def run(workload, direction):
+        device = torch.device(config.getoption("--race-device"))
+        (result,) = race(workload, device, [direction], config.getoption("--race-seconds"))
+        config.stash[RACES].append(result)
+        seconds = iter(result["entrants"][OURS]["seconds"])
+        benchmark.extra_info["race"] = result
+        benchmark.pedantic(
+            CLOCK.advance,
+            setup=lambda: ((next(seconds),), {}),
+            rounds=len(result["entrants"][OURS]["seconds"]),
+        )
 
     return run
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    results = config.stash[RACES]
-    if not results:
-        return
-    terminalreporter.section("ours against peers: medians, and half the interquartile range")
-    for r in results:
-        terminalreporter.write_line(
-            f"{r['name']:<72} {r['ours_ms']:8.2f} ms ±{r['ours_spread']:4.0%}   "
-            f"{r['peer_ms']:8.2f} ms ±{r['peer_spread']:4.0%}   {r['ratio']:6.1f}×"
-        )
+    if config.stash[RACES]:
+        terminalreporter.section("ours against peers: medians (20 % to 80 %)")
+        terminalreporter.write_line(table(config.stash[RACES]))
 
 
 def pytest_sessionfinish(session):
     config = session.config
-    if not config.getoption("--record") or not config.stash[RACES]:
-        return
-    now = datetime.now(UTC)
-    record = {
-        "time": now.isoformat(timespec="seconds"),
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "packages": {package: version(package) for package in PACKAGES},
-        "races": config.stash[RACES],
-    }
-    path = Path(__file__).parent / "results" / "cpu" / f"{now:%Y%m%dT%H%M%S}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    if config.getoption("--record") and config.stash[RACES]:
+        device = torch.device(config.getoption("--race-device"))
+        write_record(new_record(device, config.stash[RACES]))

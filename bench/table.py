@@ -1,37 +1,106 @@
-"""Write the newest recorded results between the README's markers: `python bench/table.py`."""
+"""Tables in the README, and plots beside the records, from each device's newest record.
 
-import json
+python bench/table.py
+"""
+
 from pathlib import Path
+from typing import Any
 
-BENCH = Path(__file__).resolve().parent
-README = BENCH.parent / "README.md"
+from bench.records import RESULTS, newest
+from tossup.autotune.races import OURS
+from tossup.supernet.files import write_atomically
+
+README = RESULTS.parents[1] / "README.md"
 START, END = "<!-- bench/table.py writes from here -->", "<!-- to here -->"
 
 
-def table(record: dict) -> str:
-    packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items())
+def entrants(race: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Those that were timed, ours first."""
+    return [(name, e) for name, e in race["entrants"].items() if "untimed" not in e]
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Heading and table: a line for each race and peer; a race without one has a line as well."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["packages"].items())
+    threads = f", threads: {record['threads']}" if "threads" in record else ""
+    on_gpu = "threads" not in record
+    extra = [" ours, TFLOP/s | of the floor |", "---|---|"] if on_gpu else ["", ""]
     lines = [
-        f"{record['processor']}, {record['threads']} threads; {packages}; {record['time'][:10]}.",
-        "Medians, and half the interquartile range.",
+        f"{record['device']}{threads}; {versions}; {record['time'][:10]}, commit "
+        f"{record['commit']}. Medians, and from 20 % to 80 % of the runs.",
         "",
-        "| case | ours, ms | peer, ms | peer / ours |",
-        "|---|---|---|---|",
+        f"| case | ours, ms | peer | peer, ms | peer / ours |{extra[0]}",
+        f"|---|---|---|---|---|{extra[1]}",
     ]
     for race in record["races"]:
-        op, _, case = race["name"].removeprefix("test_").rstrip("]").partition("[")
-        ours = f"{race['ours_ms']:.2f} ± {race['ours_spread']:.0%}"
-        peer = f"{race['peer_ms']:.2f} ± {race['peer_spread']:.0%}"
-        case = case.replace("torch.", "").replace("-", " · ")
-        lines.append(f"| {op}: {case} | {ours} | {peer} | {race['ratio']:.1f} × |")
+        (_, ours), *peers = entrants(race)
+        more = ""
+        if on_gpu:
+            share = f"{ours['share']:.0%}" if ours["share"] else "–"
+            more = f" {ours['tflops']:.0f} | {share} |" if ours["tflops"] else f" – | {share} |"
+        case = f"{race['workload']}, {race['direction']}"
+        for name, peer in peers or [("none", None)]:
+            theirs = f"{times(peer)} | {peer['ratio']:.2f} ×" if peer else "– | –"
+            lines.append(f"| {case} | {times(ours)} | {name} | {theirs} |{more}")
+    untimed = {
+        f"{name} ({entrant['untimed']})"
+        for race in record["races"]
+        for name, entrant in race["entrants"].items()
+        if "untimed" in entrant
+    }
+    if untimed:
+        lines += ["", f"Not timed: {'; '.join(sorted(untimed))}."]
     return "\n".join(lines)
 
 
+def times(entrant: dict[str, Any]) -> str:
+    median, p20, p80 = (entrant[key] * 1e3 for key in ("median", "p20", "p80"))
+    return f"{median:.3g} ({p20:.3g}–{p80:.3g})"
+
+
+def plot(record: dict[str, Any], folder: Path) -> list[Path]:
+    """One SVG for each op: how much longer each peer takes, on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "tossup"  # the same record gives the same bytes
+    from matplotlib import pyplot
+
+    paths = []
+    for op in dict.fromkeys(race["workload"].partition(" ")[0] for race in record["races"]):
+        bars = [
+            (f"{race['workload'].partition(' ')[2]}\n{race['direction']}: {name}", e["ratio"])
+            for race in record["races"]
+            if race["workload"].startswith(f"{op} ")
+            for name, e in entrants(race)
+            if name != OURS
+        ]
+        if not bars:
+            continue
+        figure, axes = pyplot.subplots(figsize=(9, 1 + 0.45 * len(bars)), layout="constrained")
+        labels, ratios = zip(*reversed(bars), strict=True)
+        axes.barh(labels, ratios, color="#4878a8")
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.tick_params(axis="y", labelsize=7)
+        axes.set_title(f"{op} on {record['device']}")
+        axes.set_xlabel("time of the peer / time of ours")
+        paths.append(folder / f"{op}.svg")
+        figure.savefig(paths[-1], metadata={"Date": None})
+        pyplot.close(figure)
+    return paths
+
+
 def main() -> None:
-    newest = max((BENCH / "results" / "cpu").glob("*.json"))
+    folders = sorted(path for path in RESULTS.iterdir() if path.is_dir())
+    records = {folder: newest(folder) for folder in folders}
+    tables = "\n\n".join(markdown(record) for record in records.values())
     before, rest = README.read_text("utf-8").split(START)
     _, after = rest.split(END)
-    text = f"{before}{START}\n{table(json.loads(newest.read_text()))}\n{END}{after}"
-    README.write_text(text, "utf-8")
+    write_atomically(README, f"{before}{START}\n{tables}\n{END}{after}")
+    for folder, record in records.items():
+        for path in plot(record, folder):
+            print(path)
 
 
 if __name__ == "__main__":

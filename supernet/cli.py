@@ -107,6 +107,17 @@ def inspect(archs: Sequence[str], ops: Sequence[str], as_json: bool) -> None:
     print(json.dumps(found, indent=1) if as_json else table(reports))
 
 
+def bench(words: Sequence[str], device: str, as_json: bool) -> None:
+    """race an op against its peers, on a shape of yours"""
+    from ..autotune.races import WrongResult
+    from .benchmark import benchmark
+
+    try:
+        print(benchmark(words, device, as_json))
+    except WrongResult as error:
+        raise SystemExit(f"tossup bench: not timed: {error}") from error
+
+
 Command = Callable[[Path | None, Sequence[str]], None]
 
 # Each command, and where the configuration lives whose keys it takes.
@@ -128,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, configured in COMMANDS.items():
         add_configured(commands, name, *configured)
+    add_bench(commands)
     add_inspect(commands)
     options = parser.parse_args(arguments)
     try:
@@ -162,6 +174,27 @@ def add_configured(commands: Any, name: str, command: Command, module: str, conf
         sub.print_help()
         keys = getattr(importlib.import_module(f".{module}", __package__), config)
         print("\nkeys:", *describe(keys), sep="\n  ")
+
+    sub.set_defaults(run=run)
+
+
+def add_bench(commands: Any) -> None:
+    sub = commands.add_parser(
+        "bench", help=bench.__doc__, description=bench.__doc__, add_help=False
+    )
+    sub.add_argument("words", nargs="*", metavar="OP key=value", help="an op, and its keys")
+    sub.add_argument("--device", default="cpu", help="cpu, the default, or cuda")
+    sub.add_argument("--json", action="store_true", help="print JSON, with every round's seconds")
+    sub.add_argument("-h", "--help", action="store_true", help="show this, the ops and their keys")
+
+    def run(options: argparse.Namespace) -> None:
+        if not options.help:
+            bench(options.words, options.device, options.json)
+            return
+        from .benchmark import describe_ops
+
+        sub.print_help()
+        print("\nops and their keys:", *describe_ops(), sep="\n  ")
 
     sub.set_defaults(run=run)
 

@@ -8,8 +8,8 @@ from ..kernels.backend import resolve_impl
 from .errors import ConfigError
 
 
-def device_of(name: str) -> torch.device:
-    """The device that `training.device` names.
+def device_of(name: str, key: str = "training.device") -> torch.device:
+    """The device that a key names.
 
     Raises ConfigError where this machine has no such device, or the mixers have no backend for it.
     """
@@ -18,7 +18,7 @@ def device_of(name: str) -> torch.device:
         torch.zeros(1, device=device).item()  # some devices can be named, and hold no data
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ConfigError(
-            f"training.device takes a device of this machine, such as cpu, got {name!r}"
+            f"{key} takes a device of this machine, such as cpu, got {name!r}"
         ) from error
     try:
         backend = resolve_impl("auto", device)
@@ -27,7 +27,7 @@ def device_of(name: str) -> torch.device:
     runs_on = {"cpu": "cpu", "triton": "cpu" if interprets() else "cuda"}.get(backend, device.type)
     if device.type != runs_on:
         raise ConfigError(
-            f"training.device: the mixers' {backend} backend runs on {runs_on}, got {name!r}; "
+            f"{key}: the {backend} backend runs on {runs_on}, got {name!r}; "
             f"take {runs_on}, or set TOSSUP_IMPL"
         )
     return device

@@ -211,8 +211,8 @@ class Workload(ABC):
         """What TFLOP/s are counted by: the products that the mathematics needs."""
 
     def parts(self, direction: str) -> list[Floor]:
-        """The floors of a direction's passes, one after the other."""
-        return [self.floor(part) for part in direction.split("+")]
+        """The floors of a direction's passes, one after the other; nothing without a sample."""
+        return [self.floor(part) if self.samples else Floor() for part in direction.split("+")]
 
 
 def differentiable(

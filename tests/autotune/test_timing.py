@@ -1,7 +1,19 @@
+"""Statistics of runs, and what a stopwatch asks a GPU for, by a GPU that is a list."""
+
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 
-from tossup.autotune.timing import Timing
+from tossup.autotune.timing import (
+    FEW_REPEATS,
+    CpuStopwatch,
+    GpuStopwatch,
+    Run,
+    Timing,
+    rounds_within,
+    take_turns,
+)
 
 
 @pytest.mark.parametrize("count", [3, 4, 8, 15])
@@ -11,8 +23,135 @@ def test_median_and_quartiles(count):
     low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75), method="weibull")
     assert timing.median == pytest.approx(median)
     assert timing.spread == pytest.approx((high - low) / 2 / median)
+    p20, p80 = np.quantile(seconds, (0.2, 0.8))
+    assert (timing.p20, timing.p80) == pytest.approx((p20, p80))
 
 
 def test_fewer_runs_have_no_quartiles():
     with pytest.raises(ValueError, match="at least three runs, got 2"):
         Timing([1.0, 2.0])
+
+
+class FakeCuda:
+    """torch.cuda with a clock of its own: a call takes 10 µs, a graph as its calls, an event 0."""
+
+    def __init__(self, captures: bool = True):
+        self.now, self.log, self.captures, self.capturing = 0.0, [], captures, None
+
+    def work(self, name: str = "call", seconds: float = 1e-5) -> None:
+        if self.capturing is not None:
+            if not self.captures:
+                raise RuntimeError("no capture\nand more")
+            self.capturing.append((name, seconds))
+            return
+        self.log.append(name)
+        self.now += seconds
+
+    def Stream(self):
+        return "stream"
+
+    @contextmanager
+    def stream(self, stream):
+        assert stream == "stream"
+        yield
+
+    def synchronize(self):
+        self.log.append("synchronize")
+
+    def Event(self, enable_timing):
+        return FakeEvent(self)
+
+    def CUDAGraph(self):
+        return FakeGraph(self)
+
+    @contextmanager
+    def graph(self, graph, stream):
+        self.capturing = graph.calls
+        try:
+            yield
+        finally:
+            self.capturing = None
+
+
+class FakeEvent:
+    def __init__(self, cuda):
+        self.cuda, self.at = cuda, None
+
+    def record(self):
+        self.at = self.cuda.now
+        self.cuda.log.append("event")
+
+    def synchronize(self):
+        self.cuda.log.append("wait")
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+class FakeGraph:
+    def __init__(self, cuda):
+        self.cuda, self.calls = cuda, []
+
+    def replay(self):
+        for call in self.calls:
+            self.cuda.work(*call)
+
+
+def gpu(captures: bool = True) -> tuple[FakeCuda, GpuStopwatch]:
+    cuda = FakeCuda(captures)
+    return cuda, GpuStopwatch(lambda: cuda.work("flush", 1.0), cuda)
+
+
+def test_a_cold_run_is_one_replay_behind_a_flush_which_is_not_counted():
+    cuda, stopwatch = gpu()
+    run = stopwatch.prepare(cuda.work)
+    cuda.log.clear()
+    assert run.seconds() == pytest.approx(1e-5) and run.method == "graph"
+    assert cuda.log == ["flush", "event", "call", "event", "wait"]
+
+
+def test_a_warm_run_replays_many_behind_as_many():
+    cuda, stopwatch = gpu()
+    run = stopwatch.prepare(cuda.work, warm=True)
+    cuda.log.clear()
+    assert run.seconds() == pytest.approx(1e-5)
+    calls = ["call"] * 20  # 200 µs
+    assert cuda.log == [*calls, "event", *calls, "event", "wait"]
+
+
+def test_what_cannot_be_captured_is_queued_and_says_so():
+    cuda, stopwatch = gpu(captures=False)
+    run = stopwatch.prepare(cuda.work, warm=True)
+    assert run.seconds() == pytest.approx(1e-5)
+    assert run.method == "calls, not a graph: no capture"
+    assert FEW_REPEATS > 1
+
+
+def test_a_cpu_is_timed_by_its_clock_after_a_warm_call():
+    now, calls = [0.0], []
+
+    def call():
+        calls.append(now[0])
+        now[0] += 2.0
+
+    run = CpuStopwatch(lambda: now[0]).prepare(call)
+    assert calls == [0.0]
+    assert run.seconds() == 2.0 and run.method == "clock"
+
+
+def test_runs_take_turns_and_each_begins_a_round():
+    order = []
+
+    def run(name: str, seconds: float) -> Run:
+        def once() -> float:
+            order.append(name)
+            return seconds
+
+        return Run(once, "")
+
+    timings = take_turns({"a": run("a", 1.0), "b": run("b", 2.0)}, 3)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert timings["a"].median == 1.0 and timings["b"].median == 2.0
+    order.clear()
+    assert rounds_within(1e9, {"a": run("a", 1.0)}, 5, 50) == 50 and order == ["a"]
+    assert rounds_within(0.0, {"a": run("a", 1.0)}, 5, 50) == 5

@@ -410,3 +410,39 @@ def test_a_search_needs_a_supernet(trained, tmp_path):
     search = validate(yaml.safe_load(trained.read_text())["search"], SearchConfig)
     with pytest.raises(ValueError, match=r"search takes a run whose model\.mixer"):
         run_search(run, search)
+
+
+def test_bench_races_a_shape_of_ones_own(capsys):
+    words = ["bench", "linear", "seqlen=8", "in_features=16", "out_features=8", "dtype=fp32"]
+    assert main([*words, "direction=wgrad"]) == 0
+    printed = capsys.readouterr().out
+    heading = "linear batch=1 seqlen=8 in_features=16 out_features=8 dtype=fp32, wgrad"
+    assert heading in printed and f"torch {torch.__version__}" in printed
+    assert re.search(r"torch +\S+ ms .* × ours", printed)
+    assert main([*words, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [race["direction"] for race in record["races"]] == ["forward", "dgrad", "wgrad"]
+    assert main(["bench", "--help"]) == 0
+    assert "kv_heads: 8  (heads of keys and values; divides heads)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "OP is required, one of attention"),
+        (["linear", "heads=3"], "linear takes the keys batch, seqlen, .*, got 'heads'"),
+        (["linear", "direction=backward"], "direction takes forward, dgrad, wgrad, got 'backward'"),
+        (["linear", "--device", "nowhere"], "--device takes a device of this machine"),
+    ],
+)
+def test_bench_says_what_is_wrong(words, message, capsys):
+    assert main(["bench", *words]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_bench_has_no_time_for_a_wrong_result(monkeypatch):
+    from tossup.autotune.workloads import linear
+
+    monkeypatch.setattr(linear, "linear", lambda x, w, route: torch.zeros(1, 8, 8))
+    with pytest.raises(SystemExit, match="not timed: out is off by"):
+        main(["bench", "linear", "seqlen=8", "in_features=8", "out_features=8", "dtype=fp32"])

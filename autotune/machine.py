@@ -1,0 +1,67 @@
+"""Where a measurement was taken, and of what."""
+
+import platform
+import re
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "triton", "numba", "numpy", "mamba-ssm", "causal-conv1d", "transformers")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions and commit, as JSON. threads: of the CPU, where that is what ran."""
+    about: dict[str, Any] = {"device": name_of(device)}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        about["multiprocessors"] = properties.multi_processor_count
+        about["memory"] = properties.total_memory
+        about["cuda"] = torch.version.cuda
+    else:
+        about["threads"] = torch.get_num_threads()
+    about["python"] = platform.python_version()
+    about["packages"] = {name: found for name in PACKAGES if (found := version_of(name))}
+    about["commit"] = commit()
+    return about
+
+
+def name_of(device: torch.device) -> str:
+    """As the driver, or the CPU, calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def slug(name: str) -> str:
+    """A device's name as that of a folder: nvidia_h200."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def version_of(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """Of the checkout that this file is in, with "-dirty" behind it where files were changed; None
+    where it is in none, as in an installed wheel."""
+    folder = Path(__file__).resolve().parent
+    if shutil.which("git") is None:
+        return None
+    described = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"],
+        cwd=folder, text=True, capture_output=True,
+    )  # fmt: skip
+    return described.stdout.strip() if described.returncode == 0 else None

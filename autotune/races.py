@@ -1,0 +1,174 @@
+"""A race: ours and its peers on one workload, checked first, then timed in turns."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .machine import name_of
+from .peaks import PEAKS
+from .timing import (
+    SHORT,
+    Call,
+    CpuStopwatch,
+    GpuStopwatch,
+    Run,
+    Stopwatch,
+    Timing,
+    rounds_within,
+    take_turns,
+)
+from .workloads import Calls, MissingPeer, Prepared, Workload
+
+OURS = "ours"
+FEWEST, MOST = 5, 50  # rounds
+
+
+class WrongResult(Exception):
+    """Ours, further from the reference than allowed: nothing is timed."""
+
+
+def race(
+    workload: Workload,
+    device: torch.device,
+    directions: Sequence[str] = (),
+    seconds: float = 10.0,
+    stopwatch: Stopwatch | None = None,
+) -> list[dict[str, Any]]:
+    """Time ours and every peer, one record for each direction.
+
+    directions: of the workload; all by default. seconds: that one race should take, without what
+    prepares it. stopwatch: by the clock on a CPU; by events, with a cold L2 cache, on a GPU.
+    A record holds, in SI units:
+
+        workload, direction, floor, binds  seconds of the floor and what binds it; null where the
+                                           device's peaks are not known
+        entrants   for ours and each peer: median, p20, p80, seconds of every round, tflops, gbps,
+                   share (of the floor), ratio (its median by ours), timer, l2; `warm`, the median
+                   with a warm L2 cache, where less than 100 µs; or `untimed`, the reason
+    Raises WrongResult where ours is wrong.
+    """
+    if stopwatch is None:
+        stopwatch = GpuStopwatch() if device.type == "cuda" else CpuStopwatch()
+    prepared = workload.prepare(device)
+    peers, untimed = gather(prepared)
+    records = []
+    for direction in directions or workload.directions:
+        with stopwatch.here():
+            entrants, excluded = check(prepared, peers, direction)
+        runs = {name: stopwatch.prepare(calls[direction]) for name, calls in entrants.items()}
+        timings = take_turns(runs, rounds_within(seconds, runs, FEWEST, MOST))
+        record = record_of(workload, direction, device, runs, timings)
+        if isinstance(stopwatch, GpuStopwatch):
+            calls = {name: calls[direction] for name, calls in entrants.items()}
+            add_warm(record, calls, stopwatch)
+        for name, reason in (untimed | excluded).items():
+            record["entrants"][name] = {"untimed": reason}
+        records.append(record)
+    return records
+
+
+def gather(prepared: Prepared) -> tuple[dict[str, Calls], dict[str, str]]:
+    """The peers that are there, and why the others are not."""
+    there, missing = {}, {}
+    for name, make in prepared.peers.items():
+        try:
+            there[name] = make()
+        except MissingPeer as reason:
+            missing[name] = str(reason)
+    return there, missing
+
+
+def check(
+    prepared: Prepared, peers: dict[str, Calls], direction: str
+) -> tuple[dict[str, Calls], dict[str, str]]:
+    """Who may be timed, ours first, and why the others may not: a peer that refuses this shape,
+    or computes something else."""
+    wrong = prepared.wrong(prepared.ours[direction]())
+    if wrong:
+        raise WrongResult(wrong)
+    entrants, excluded = {OURS: prepared.ours}, {}
+    for name, calls in peers.items():
+        try:
+            wrong = prepared.wrong(calls[direction]())
+        except RuntimeError as error:
+            wrong = f"raises {str(error).strip().partition(chr(10))[0]}"
+        if wrong:
+            excluded[name] = wrong
+        else:
+            entrants[name] = calls
+    return entrants, excluded
+
+
+def record_of(
+    workload: Workload,
+    direction: str,
+    device: torch.device,
+    runs: dict[str, Run],
+    timings: dict[str, Timing],
+) -> dict[str, Any]:
+    parts, peak = workload.parts(direction), PEAKS.get(name_of(device))
+    floor = sum(peak.seconds(part) for part in parts) if peak else None
+    moved, flops = sum(part.bytes for part in parts), workload.flops(direction)
+    entrants = {}
+    for name, timing in timings.items():
+        entrants[name] = {
+            "median": timing.median,
+            "p20": timing.p20,
+            "p80": timing.p80,
+            "seconds": list(timing.seconds),
+            "tflops": flops / timing.median / 1e12,
+            "gbps": moved / timing.median / 1e9,
+            "share": floor / timing.median if floor else None,
+            "ratio": timing.median / timings[OURS].median,
+            "timer": runs[name].method,
+            "l2": "cold" if device.type == "cuda" else None,
+        }
+    return {
+        "workload": workload.name,
+        "direction": direction,
+        "floor": floor,
+        "binds": [peak.binds(part) for part in parts] if peak else None,
+        "entrants": entrants,
+    }
+
+
+def add_warm(record: dict[str, Any], calls: dict[str, Call], stopwatch: GpuStopwatch) -> None:
+    """Times with a warm L2 cache, where they are short enough for that to tell."""
+    short = [name for name, e in record["entrants"].items() if e["median"] < SHORT]
+    if not short:
+        return
+    runs = {name: stopwatch.prepare(calls[name], warm=True) for name in short}
+    for name, timing in take_turns(runs, FEWEST).items():
+        record["entrants"][name]["warm"] = timing.median
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Records for people: a heading for each race, and a line for each entrant."""
+    lines = []
+    for record in records:
+        lines.append(f"{record['workload']}, {record['direction']}")
+        if record["floor"]:
+            binds = " + ".join(kind.replace("_", " ") for kind in record["binds"])
+            lines.append(f"    {'floor':<28}{milliseconds(record['floor'])}  ({binds})")
+        for name, entrant in record["entrants"].items():
+            if "untimed" in entrant:
+                lines.append(f"    {name:<28}not timed: {entrant['untimed']}")
+                continue
+            spread = f"{milliseconds(entrant['p20'])} to {milliseconds(entrant['p80'])}"
+            words = [f"{milliseconds(entrant['median'])}  ({spread})"]
+            if name != OURS:
+                words.append(f"{entrant['ratio']:.2f} × ours")
+            if entrant["tflops"]:
+                words.append(f"{entrant['tflops']:.3g} TFLOP/s")
+            words.append(f"{entrant['gbps']:.3g} GB/s")
+            if entrant["share"]:
+                words.append(f"{entrant['share']:.0%} of the floor")
+            if "warm" in entrant:
+                words.append(f"warm {milliseconds(entrant['warm'])}")
+            lines.append(f"    {name:<28}{', '.join(words)}")
+    return "\n".join(lines)
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g} ms"

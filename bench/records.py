@@ -1,0 +1,43 @@
+"""Records of races: bench/results/<device>/<time>.json, one for each run, never rewritten."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tossup.autotune.machine import describe, slug
+from tossup.supernet.files import write_atomically
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def new_record(device: torch.device, races: list[dict[str, Any]]) -> dict[str, Any]:
+    now = datetime.now(UTC)
+    return {"time": now.isoformat(timespec="seconds"), **describe(device), "races": races}
+
+
+def write_record(record: dict[str, Any], results: Path = RESULTS) -> Path:
+    """Seconds are written with four digits."""
+    time = datetime.fromisoformat(record["time"])
+    path = results / slug(record["device"]) / f"{time:%Y%m%dT%H%M%S}.json"
+    write_atomically(path, json.dumps(rounded(record), indent=1) + "\n")
+    return path
+
+
+def newest(folder: Path) -> dict[str, Any]:
+    """The last record of one device; FileNotFoundError where there is none."""
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no record")
+    return json.loads(paths[-1].read_text("utf-8"))
+
+
+def rounded(value: Any) -> Any:
+    """With numbers of four digits: more would be noise."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    return [rounded(inner) for inner in value] if isinstance(value, list) else value

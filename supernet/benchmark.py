@@ -1,0 +1,57 @@
+"""`tossup bench`: a race on a shape of the user's, from the registry of all benchmarks."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..autotune.machine import describe
+from ..autotune.races import race, table
+from ..autotune.workloads import OPS, Workload, build, keys
+from .devices import device_of
+from .errors import ConfigError
+from .loader import apply_override, in_yaml
+
+SECONDS = {"cpu": 10.0, "cuda": 1.0}  # of one race
+
+
+def benchmark(words: Sequence[str], device: str, as_json: bool) -> str:
+    """What to print. words: OP key=value …
+
+    Raises ConfigError where a word is wrong, and WrongResult where ours is, and has no time.
+    """
+    workload, directions = parse(words)
+    where = device_of(device, "--device")
+    races = race(workload, where, directions, SECONDS[where.type])
+    about = describe(where)
+    if as_json:
+        return json.dumps(about | {"races": races}, indent=1)
+    versions = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
+    return f"{about['device']}; {versions}; commit {about['commit']}\n{table(races)}"
+
+
+def parse(words: Sequence[str]) -> tuple[Workload, list[str]]:
+    """The workload, and the one direction that is wanted; none stands for all."""
+    if not words:
+        raise ConfigError(f"OP is required, one of {', '.join(OPS)}")
+    op, *overrides = words
+    values: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(values, override)
+    direction = values.pop("direction", None)
+    try:
+        workload = build(op, values)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if direction not in (None, *workload.directions):
+        choices = ", ".join(workload.directions)
+        raise ConfigError(f"direction takes {choices}, got {direction!r}")
+    return workload, [direction] if direction else []
+
+
+def describe_ops() -> Iterator[str]:
+    """One line for each op and for each key that it takes, with its default and meaning."""
+    for op, kind in OPS.items():
+        yield op
+        for key, (default, about) in keys(op).items():
+            yield f"  {key}: {in_yaml(default)}  ({about})"
+        yield f"  direction: null  ({' | '.join(kind.directions)}; null: one after the other)"
