@@ -4,7 +4,7 @@ PYTHON ?= python3
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench gate record clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
@@ -16,7 +16,9 @@ help:
 	@echo "make demo   train a supernet, search it and export the best placement (runs/demo/)"
 	@echo "make test   run the tests"
 	@echo "make lint   run ruff and mypy"
-	@echo "make bench  run the microbenchmarks"
+	@echo "make bench  run the microbenchmarks, against peers, on the CPU"
+	@echo "make gate   fail where a kernel takes more, or got slower against its peers, than recorded"
+	@echo "make record write the benchmarks' results to bench/results/ and into the README"
 	@echo "make clean  remove .venv and what the tools left behind; runs/ stays"
 
 demo: $(PACKAGE)
@@ -32,6 +34,13 @@ lint: $(DEV)
 
 bench: $(DEV)
 	$(BIN)/python -m pytest bench
+
+gate: $(DEV)
+	$(BIN)/python -m bench.gate
+
+record: $(DEV)
+	$(BIN)/python -m pytest bench --record
+	$(BIN)/python -m bench.table
 
 clean:
 	rm -rf .venv build dist tossup.egg-info

@@ -8,6 +8,7 @@ table with the peers comes at the end. `--record` also writes bench/results/<dev
 import pytest
 import torch
 
+from bench import startup
 from bench.records import new_record, write_record
 from tossup.autotune.races import OURS, race, table
 from tossup.autotune.workloads import shipped
@@ -81,4 +82,7 @@ def pytest_sessionfinish(session):
     config = session.config
     if config.getoption("--record") and config.stash[RACES]:
         device = torch.device(config.getoption("--race-device"))
-        write_record(new_record(device, config.stash[RACES]))
+        record = new_record(device, config.stash[RACES])
+        if device.type == "cpu":
+            record["start"] = startup.measure()
+        write_record(record)
