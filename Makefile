@@ -39,7 +39,7 @@ gate: $(DEV)
 	$(BIN)/python -m bench.gate
 
 record: $(DEV)
-	$(BIN)/python -m pytest bench --record
+	$(BIN)/python -m bench.record
 	$(BIN)/python -m bench.table
 
 clean:

@@ -1,5 +1,6 @@
 """Where a measurement was taken, and of what."""
 
+import os
 import platform
 import re
 import shutil
@@ -55,13 +56,14 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Of the checkout that this file is in, with "-dirty" behind it where files were changed; None
-    where it is in none, as in an installed wheel."""
+    """Of the checkout that this file is in, with "-dirty" behind it where files were changed. Where
+    it is in none, as in a copy or a wheel, what TOSSUP_COMMIT says, or None."""
     folder = Path(__file__).resolve().parent
+    told = os.environ.get("TOSSUP_COMMIT")
     if shutil.which("git") is None:
-        return None
+        return told
     described = subprocess.run(
         ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"],
         cwd=folder, text=True, capture_output=True,
     )  # fmt: skip
-    return described.stdout.strip() if described.returncode == 0 else None
+    return described.stdout.strip() if described.returncode == 0 else told

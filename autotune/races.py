@@ -29,43 +29,55 @@ class WrongResult(Exception):
 
 
 def race(
-    workload: Workload,
-    device: torch.device,
-    directions: Sequence[str] = (),
-    seconds: float = 10.0,
-    stopwatch: Stopwatch | None = None,
+    workload: Workload, device: torch.device, directions: Sequence[str] = (), seconds: float = 10.0
 ) -> list[dict[str, Any]]:
-    """Time ours and every peer, one record for each direction.
+    """The records of some directions, or of all; see Race."""
+    started = Race(workload, device, seconds)
+    return [started.run(direction) for direction in directions or workload.directions]
 
-    directions: of the workload; all by default. seconds: that one race should take, without what
-    prepares it. stopwatch: by the clock on a CPU; by events, with a cold L2 cache, on a GPU.
-    A record holds, in SI units:
 
-        workload, direction, floor, binds  seconds of the floor and what binds it; null where the
-                                           device's peaks are not known
-        entrants   for ours and each peer: median, p20, p80, seconds of every round, tflops, gbps,
-                   share (of the floor), ratio (its median by ours), timer, l2; `warm`, the median
-                   with a warm L2 cache, where less than 100 µs; or `untimed`, the reason
-    Raises WrongResult where ours is wrong.
+class Race:
+    """Ours and every peer on one workload, prepared once for all of its directions.
+
+    seconds: that one direction should take, without what prepares it. stopwatch: by the clock on a
+    CPU; by events, with a cold L2 cache, on a GPU.
     """
-    if stopwatch is None:
-        stopwatch = GpuStopwatch() if device.type == "cuda" else CpuStopwatch()
-    prepared = workload.prepare(device)
-    peers, untimed = gather(prepared)
-    records = []
-    for direction in directions or workload.directions:
-        with stopwatch.here():
-            entrants, excluded = check(prepared, peers, direction)
-        runs = {name: stopwatch.prepare(calls[direction]) for name, calls in entrants.items()}
-        timings = take_turns(runs, rounds_within(seconds, runs, FEWEST, MOST))
-        record = record_of(workload, direction, device, runs, timings)
-        if isinstance(stopwatch, GpuStopwatch):
-            calls = {name: calls[direction] for name, calls in entrants.items()}
-            add_warm(record, calls, stopwatch)
-        for name, reason in (untimed | excluded).items():
+
+    def __init__(
+        self,
+        workload: Workload,
+        device: torch.device,
+        seconds: float,
+        stopwatch: Stopwatch | None = None,
+    ):
+        self.workload, self.device, self.seconds = workload, device, seconds
+        on_gpu = device.type == "cuda"
+        self.stopwatch = stopwatch or (GpuStopwatch() if on_gpu else CpuStopwatch())
+        self.prepared = workload.prepare(device)
+        self.peers, self.missing = gather(self.prepared)
+
+    def run(self, direction: str) -> dict[str, Any]:
+        """Check and time one direction. The record holds, in SI units:
+
+            workload, direction, floor, binds  seconds of the floor and what binds it; null where
+                                               the device's peaks are not known
+            entrants   for ours and each peer: median, p20, p80, seconds of every round, tflops,
+                       gbps, share (of the floor), ratio (its median by ours), timer, l2; `warm`,
+                       the median with a warm L2 cache, where less than 100 µs; or `untimed`, the
+                       reason
+        Raises WrongResult where ours is wrong.
+        """
+        with self.stopwatch.here():
+            entrants, excluded = check(self.prepared, self.peers, direction)
+        calls = {name: calls[direction] for name, calls in entrants.items()}
+        runs = {name: self.stopwatch.prepare(call) for name, call in calls.items()}
+        timings = take_turns(runs, rounds_within(self.seconds, runs, FEWEST, MOST))
+        record = record_of(self.workload, direction, self.device, runs, timings)
+        if isinstance(self.stopwatch, GpuStopwatch):
+            add_warm(record, calls, self.stopwatch)
+        for name, reason in (self.missing | excluded).items():
             record["entrants"][name] = {"untimed": reason}
-        records.append(record)
-    return records
+        return record
 
 
 def gather(prepared: Prepared) -> tuple[dict[str, Calls], dict[str, str]]:
@@ -144,10 +156,15 @@ def add_warm(record: dict[str, Any], calls: dict[str, Call], stopwatch: GpuStopw
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Records for people: a heading for each race, and a line for each entrant."""
+    """Records for people: a heading for each race, and a line for each entrant.
+
+    One that holds `failed` in place of entrants has that reason."""
     lines = []
     for record in records:
         lines.append(f"{record['workload']}, {record['direction']}")
+        if "failed" in record:
+            lines.append(f"    not timed: {record['failed']}")
+            continue
         if record["floor"]:
             binds = " + ".join(kind.replace("_", " ") for kind in record["binds"])
             lines.append(f"    {'floor':<28}{milliseconds(record['floor'])}  ({binds})")

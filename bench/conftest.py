@@ -2,14 +2,12 @@
 
 Ours is reported by pytest-benchmark, so its storage and comparison serve (`--benchmark-save`,
 `--benchmark-compare-fail`); the seconds are those that the race measured, on a GPU by events. A
-table with the peers comes at the end. `--record` also writes bench/results/<device>/<time>.json.
+table with the peers comes at the end. bench/record.py writes records.
 """
 
 import pytest
 import torch
 
-from bench import startup
-from bench.records import new_record, write_record
 from tossup.autotune.races import OURS, race, table
 from tossup.autotune.workloads import shipped
 
@@ -17,7 +15,6 @@ RACES = pytest.StashKey[list[dict]]()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--record", action="store_true", help="write the results to bench/results")
     parser.addoption("--race-device", default="cpu", help="cpu (default) or cuda")
     parser.addoption("--race-seconds", type=float, default=2.0, help="of one race; 2 by default")
 
@@ -76,13 +73,3 @@ def pytest_terminal_summary(terminalreporter, config):
     if config.stash[RACES]:
         terminalreporter.section("ours against peers: medians (20 % to 80 %)")
         terminalreporter.write_line(table(config.stash[RACES]))
-
-
-def pytest_sessionfinish(session):
-    config = session.config
-    if config.getoption("--record") and config.stash[RACES]:
-        device = torch.device(config.getoption("--race-device"))
-        record = new_record(device, config.stash[RACES])
-        if device.type == "cpu":
-            record["start"] = startup.measure()
-        write_record(record)

@@ -35,6 +35,8 @@ from tossup.autotune.races import OURS, race
 from tossup.autotune.regression import Verdict, compare_pairs, compare_samples
 from tossup.autotune.resources import changes
 from tossup.autotune.workloads import Workload, shipped
+from tossup.supernet.benchmark import parse
+from tossup.supernet.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESOURCES = ROOT / "tests/autotune/resources"
@@ -67,7 +69,9 @@ def check_ratios(
 ) -> list[str]:
     """What takes longer by a peer's time than in the record."""
     worse = []
-    before = {(r["workload"], r["direction"]): ratios_of(r) for r in record["races"]}
+    before = {
+        (r["workload"], r["direction"]): ratios_of(r) for r in record["races"] if "failed" not in r
+    }
     for workload in workloads:
         for direction in workload.directions:
             if (workload.name, direction) not in before:
@@ -170,11 +174,15 @@ def report(gate: str, what: str, found: Verdict) -> list[str]:
 
 @contextmanager
 def worktree(revision: str) -> Iterator[Path]:
-    """A checkout of a revision, beside this one, gone afterwards."""
+    """A checkout of a revision, beside this one, gone afterwards; or the folder that it names."""
+    if Path(revision).is_dir():
+        yield Path(revision).resolve()
+        return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "base")
         git = ["git", "-C", str(ROOT), "worktree"]
-        subprocess.run([*git, "add", "--quiet", "--detach", path, revision], check=True)
+        if subprocess.run([*git, "add", "--quiet", "--detach", path, revision]).returncode:
+            raise SystemExit(f"gate: --base takes a revision of git or a folder, got {revision!r}")
         try:
             yield path
         finally:
@@ -211,11 +219,13 @@ def worker(checkout: Path, device: str) -> Iterator[Ask]:
         process.wait()
 
 
-def compare_revisions(revision: str, device: str, rounds: int) -> list[str]:
+def compare_revisions(
+    revision: str, device: str, workloads: Sequence[Workload], rounds: int
+) -> list[str]:
     with ExitStack() as stack:
         base = stack.enter_context(worktree(revision))
         sides = [stack.enter_context(worker(checkout, device)) for checkout in (base, ROOT)]
-        return check_revisions(*sides, shipped(device), LEAST[device], rounds)
+        return check_revisions(*sides, workloads, LEAST[device], rounds)
 
 
 def compare_with_records(seconds: float) -> list[str]:
@@ -232,15 +242,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gate", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--base", metavar="REV", help="compare with this revision")
+    parser.add_argument("--base", metavar="REV", help="a revision, or a folder")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="of --base; cuda if it is there")
+    parser.add_argument(
+        "--case", action="append", default=[], metavar="'OP key=value …'",
+        help="with --base: a shape of yours, as tossup bench takes it, in place of the shipped ones",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, help="of each turn; 5 by default")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a race; 2 by default")
     options = parser.parse_args(arguments)
+    try:
+        cases = [parse(words.split())[0] for words in options.case]
+    except ConfigError as error:
+        parser.error(str(error))
     torch.set_num_threads(1)
     if options.base:
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        worse = compare_revisions(options.base, device, options.rounds)
+        worse = compare_revisions(options.base, device, cases or shipped(device), options.rounds)
     else:
         worse = compare_with_records(options.seconds)
     print(f"gate: {len(worse)} worse" + "".join(f"\n  {sentence}" for sentence in worse))

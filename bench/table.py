@@ -32,7 +32,8 @@ def markdown(record: dict[str, Any]) -> str:
         f"| case | ours, ms | peer | peer, ms | peer / ours |{extra[0]}",
         f"|---|---|---|---|---|{extra[1]}",
     ]
-    for race in record["races"]:
+    races = [race for race in record["races"] if "failed" not in race]
+    for race in races:
         (_, ours), *peers = entrants(race)
         more = ""
         if on_gpu:
@@ -44,9 +45,13 @@ def markdown(record: dict[str, Any]) -> str:
             lines.append(f"| {case} | {times(ours)} | {name} | {theirs} |{more}")
     untimed = {
         f"{name} ({entrant['untimed']})"
-        for race in record["races"]
+        for race in races
         for name, entrant in race["entrants"].items()
         if "untimed" in entrant
+    } | {
+        f"{r['workload']}, {r['direction']} ({r['failed']})"
+        for r in record["races"]
+        if r not in races
     }
     if untimed:
         lines += ["", f"Not timed: {'; '.join(sorted(untimed))}."]
@@ -67,10 +72,11 @@ def plot(record: dict[str, Any], folder: Path) -> list[Path]:
     from matplotlib import pyplot
 
     paths = []
-    for op in dict.fromkeys(race["workload"].partition(" ")[0] for race in record["races"]):
+    races = [race for race in record["races"] if "failed" not in race]
+    for op in dict.fromkeys(race["workload"].partition(" ")[0] for race in races):
         bars = [
             (f"{race['workload'].partition(' ')[2]}\n{race['direction']}: {name}", e["ratio"])
-            for race in record["races"]
+            for race in races
             if race["workload"].startswith(f"{op} ")
             for name, e in entrants(race)
             if name != OURS

@@ -9,7 +9,7 @@ import torch
 from tossup.autotune import races
 from tossup.autotune.machine import commit, describe, slug
 from tossup.autotune.peaks import Peak
-from tossup.autotune.races import WrongResult, race, table
+from tossup.autotune.races import Race, WrongResult, race, table
 from tossup.autotune.timing import CpuStopwatch, Run
 from tossup.autotune.workloads import MissingPeer, Workload, build
 from tossup.autotune.workloads import linear as linears
@@ -66,7 +66,7 @@ def test_a_record_holds_what_was_timed_and_why_others_were_not(peers, monkeypatc
     peers(right=linears.torch_products, wrong=partial(shifted, by=1.0), absent=refuse, raising=fail)
     peak = Peak(1e3, processors=1, clock=1.0, matrix_flops=1, float32_flops=1)
     monkeypatch.setitem(races.PEAKS, races.name_of(CPU), peak)
-    (record,) = race(small(), CPU, ["forward"], 0.0, Steady())
+    record = Race(small(), CPU, 0.0, Steady()).run("forward")
     assert record["workload"] == small().name and record["direction"] == "forward"
     assert record["floor"] == 2 * 8 * 16 * 16 and record["binds"] == ["float32_flops"]
     entrants = record["entrants"]
@@ -90,7 +90,7 @@ def test_no_speed_of_a_wrong_result(monkeypatch):
     monkeypatch.setattr(linears, "linear", lambda x, w, route: torch.zeros(1, 8, 16))
     stopwatch = Steady()
     with pytest.raises(WrongResult, match="out is off by"):
-        race(small(), CPU, ["forward"], 0.0, stopwatch)
+        Race(small(), CPU, 0.0, stopwatch).run("forward")
     assert stopwatch.prepared == 0
 
 

@@ -1,0 +1,88 @@
+"""Races every shipped workload and writes one record: `python -m bench.record [--device cuda]`.
+
+Each op has a process of its own, so that one that fails, or outlasts its time, takes no other
+along: what it raced before is kept. A case whose result is wrong has a reason in place of times,
+and the exit code is 1.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import startup
+from bench.records import RESULTS, new_record, write_record
+from tossup.autotune.races import Race, WrongResult, table
+from tossup.autotune.workloads import OPS, shipped
+
+
+def race_op(op: str, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+    for workload in shipped(device.type):
+        if workload.op != op:
+            continue
+        race = Race(workload, device, seconds)
+        for direction in workload.directions:
+            try:
+                yield race.run(direction)
+            except (WrongResult, RuntimeError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                yield {"workload": workload.name, "direction": direction, "failed": reason}
+
+
+def in_process(op: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a process that races one op has done by the time it ends, or is ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "races.jsonl")
+        command = [
+            sys.executable, "-m", "bench.record", "--device", options.device, "--seconds",
+            str(options.seconds), "--op", op, "--append", str(path),
+        ]  # fmt: skip
+        failed = None
+        try:
+            done = subprocess.run(command, timeout=options.limit)
+            if done.returncode:
+                failed = f"the process ended with {done.returncode}"
+        except subprocess.TimeoutExpired:
+            failed = f"what was left after {options.limit:g} s was not raced"
+        races = (
+            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        )
+    if failed:
+        races.append({"workload": op, "direction": "all", "failed": failed})
+    return races
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--seconds", type=float, default=2.0, help="of one race; 2 by default")
+    parser.add_argument("--limit", type=float, default=1200.0, help="seconds for each op")
+    parser.add_argument("--op", nargs="+", default=list(OPS), choices=OPS, help="all by default")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="bench/results by default")
+    parser.add_argument("--append", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    device = torch.device(options.device)
+    if options.append:
+        with options.append.open("a") as file:
+            for result in race_op(options.op[0], device, options.seconds):
+                print(json.dumps(result), file=file, flush=True)
+                print(table([result]), flush=True)
+        return 0
+    races = [result for op in options.op for result in in_process(op, options)]
+    record = new_record(device, races)
+    if device.type == "cpu":
+        record["start"] = startup.measure()
+    print(write_record(record, options.output))
+    failed = [r for r in races if "failed" in r]
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
