@@ -246,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="of --base; cuda if it is there")
     parser.add_argument(
         "--case", action="append", default=[], metavar="'OP key=value …'",
-        help="with --base: a shape of yours, as tossup bench takes it, in place of the shipped ones",
+        help="with --base: a shape of yours, as tossup bench takes it; not those shipped",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, help="of each turn; 5 by default")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a race; 2 by default")

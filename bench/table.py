@@ -60,7 +60,11 @@ def markdown(record: dict[str, Any]) -> str:
 
 def times(entrant: dict[str, Any]) -> str:
     median, p20, p80 = (entrant[key] * 1e3 for key in ("median", "p20", "p80"))
-    return f"{median:.3g} ({p20:.3g}–{p80:.3g})"
+    return f"{digits(median)} ({digits(p20)}–{digits(p80)})"
+
+
+def digits(milliseconds: float) -> str:
+    return f"{milliseconds:.0f}" if milliseconds >= 1000 else f"{milliseconds:.3g}"
 
 
 def plot(record: dict[str, Any], folder: Path) -> list[Path]:

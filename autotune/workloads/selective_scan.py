@@ -13,10 +13,11 @@ from ...kernels.selective_scan import selective_scan
 from ...kernels.selective_scan.ops import CHUNKS
 from ...kernels.selective_scan.reference import selective_scan_reference
 from ..peaks import Floor
-from .upstream import extension, mamba_ssm_reference
+from .upstream import extension, mamba_ssm_reference, transformers_scan
 from .workload import (
     Calls,
     Index,
+    MissingPeer,
     Results,
     Workload,
     differentiable,
@@ -71,7 +72,10 @@ class SelectiveScan(Workload):
 
     def peers(self, inputs: dict[str, Tensor]) -> dict[str, Callable[[], Calls]]:
         if inputs["u"].device.type != "cuda":
-            return {"mamba_ssm reference": partial(upstream_reference, inputs)}
+            return {
+                "mamba_ssm reference": partial(upstream_reference, inputs),
+                "transformers slow path": partial(transformers_slow_path, inputs),
+            }
         return {
             "mamba_ssm CUDA": partial(upstream_cuda, inputs, transposes=False),
             "mamba_ssm CUDA, transposes": partial(upstream_cuda, inputs, transposes=True),
@@ -146,6 +150,21 @@ def scan_in_steps(inputs: dict[str, Tensor], dout: Tensor) -> Results:
 def upstream_reference(inputs: dict[str, Tensor]) -> Calls:
     scan = mamba_ssm_reference().selective_scan_ref
     return differentiable(partial(scan, delta_softplus=True), inputs, AXES)
+
+
+def transformers_slow_path(inputs: dict[str, Tensor]) -> Calls:
+    """The scan of transformers' Mamba where no kernel is installed; it knows one group."""
+    scan = transformers_scan()
+    if inputs["B"].shape[2] != 1:
+        raise MissingPeer("knows one group of B and C only")
+
+    def forward(B: Tensor, C: Tensor, **others: Tensor) -> Tensor:
+        return scan(
+            hidden_states=others.pop("u"), dt=others.pop("delta"), B=B.squeeze(1), C=C.squeeze(1),
+            delta_softplus=True, **others,
+        )  # fmt: skip
+
+    return differentiable(forward, inputs, AXES)
 
 
 def upstream_cuda(inputs: dict[str, Tensor], transposes: bool) -> Calls:

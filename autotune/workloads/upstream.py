@@ -1,8 +1,9 @@
-"""mamba-ssm and causal-conv1d as peers: their Python without CUDA, and their CUDA alone."""
+"""Packages as peers: their Python without CUDA, and their CUDA alone."""
 
 import importlib
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -29,6 +30,16 @@ def mamba_ssm_reference() -> ModuleType:
             return importlib.import_module(name)
     except ImportError as error:
         raise MissingPeer(f"cannot be imported: {error}") from error
+
+
+def transformers_scan() -> Callable:
+    """The function behind the decorator that would put mamba-ssm's in its place. It is there since
+    transformers 5; before, it stood inside a module."""
+    try:
+        from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+    except ImportError as error:
+        raise MissingPeer(f"cannot be imported: {error}") from error
+    return inspect.unwrap(mamba_selective_scan)
 
 
 def extension(name: str) -> ModuleType:
