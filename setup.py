@@ -20,6 +20,7 @@ setup(
     packages=find_namespace_packages(
         include=["tossup", "tossup.*"], exclude=["*.__pycache__", "*.__pycache__.*"]
     ),
+    package_data={"tossup.kernels.configs": ["*.json"]},
     entry_points={"console_scripts": ["tossup = tossup.supernet.cli:main"]},
     install_requires=[
         "torch>=2.11,<2.14",

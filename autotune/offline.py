@@ -24,6 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.cache import get_cache_manager
 
+from ..kernels import configs
+
 # Shared memory that a program may take, in bytes (CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability").
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -112,16 +114,17 @@ class Launch:
         return programs and self.shared <= SHARED_MEMORY[self.arch]
 
 
-def compile_launches(launch: Callable[[], Any], arch: int) -> list[Launch]:
+def compile_launches(launch: Callable[[], Any], arch: int, gpu: str | None = None) -> list[Launch]:
     """Every launch that `launch` makes, compiled for compute capability `arch` (90: sm_90).
 
-    launch: calls launchers with meta tensors.
+    launch: calls launchers with meta tensors. gpu: whose file of configurations they follow, by its
+    name in kernels/configs/; by default none, which is untuned.
     Raises ValueError for an architecture that is not in SHARED_MEMORY, and RuntimeError where
     Triton was imported to interpret kernels, which then cannot be compiled.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET must not be set where kernels are compiled")
-    with offline(arch) as launches:
+    with offline(arch) as launches, configs.of_gpu(gpu):
         launch()
     return launches
 

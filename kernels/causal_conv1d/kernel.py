@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import configs
 from ..precision import refuse_float64
 from ..routing.gate import active_sample
 from ..target import refuse_more_samples_than_programs
@@ -228,11 +229,21 @@ def backward_kernel(
         tl.store(dinitial, dinputs.to(dinitial_ptr.dtype.element_ty), mask=there)
 
 
-def configure(x: Tensor, tokens: int) -> dict[str, int]:
-    """A tile of 64 lanes along what is contiguous, channels or time; `tokens` along the other."""
-    if x.stride(1) == 1 and x.stride(2) != 1:
-        return {"BLOCK_T": 64, "BLOCK_DIM": tokens, "num_warps": 4}
-    return {"BLOCK_T": tokens, "BLOCK_DIM": 64, "num_warps": 4}
+def configure(kernel: str, x: Tensor, width: int, packed: bool) -> dict[str, int]:
+    """The tile of a kernel, forward or backward, and its warps. packed: whether seq_idx is there.
+
+    Untuned: 64 lanes along what is contiguous, channels or time; along the other, 32 forward, and
+    16 backward, where a lane holds more.
+    """
+    batch, seqlen, dim = x.shape
+    along_time = x.stride(1) == 1 and x.stride(2) != 1
+    others = 32 if kernel == "forward" else 16
+    tokens, channels = (64, others) if along_time else (others, 64)
+    facts = {"dtype": str(x.dtype), "width": width, "packed": packed, "along_time": along_time}
+    # What is larger counts as no larger: by then a GPU is full
+    sizes = {"tokens": min(batch * seqlen, 65536), "channels": min(dim, 16384)}
+    heuristic = {"BLOCK_T": tokens, "BLOCK_DIM": channels, "num_warps": 4}
+    return configs.choose(f"causal_conv1d.{kernel}", facts, sizes, heuristic)
 
 
 def strides(tensor: Tensor | None, ndim: int) -> tuple[int, ...]:
@@ -246,7 +257,7 @@ def forward(x, weight, bias, initial_state, seq_idx, count, samples, activation,
     width = weight.shape[1]
     out = x.new_empty(x.shape) if out is None else out
     final_state = x.new_empty((batch, width - 1, dim))
-    options = configure(x, 32)
+    options = configure("forward", x, width, seq_idx is not None)
     # Tiles of time come first, as only the first axis takes more than 65535 programs
     grid = (triton.cdiv(seqlen, options["BLOCK_T"]), triton.cdiv(dim, options["BLOCK_DIM"]), batch)
     forward_kernel[grid](
@@ -265,7 +276,7 @@ def backward(
     width = weight.shape[1]
     dx = x.new_empty(x.shape) if dx is None else dx
     dinitial_state = None if initial_state is None else initial_state.new_empty(initial_state.shape)
-    options = configure(x, 16)
+    options = configure("backward", x, width, seq_idx is not None)
     tiles = triton.cdiv(seqlen + width - 1, options["BLOCK_T"])
     shares = x.new_empty((batch, tiles, width + 1, dim), dtype=torch.float32)
     backward_kernel[(tiles, triton.cdiv(dim, options["BLOCK_DIM"]), batch)](

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import configs
 from ..precision import refuse_float64
 from ..target import arch
 from .backward_kernel import dkdv_kernel, dq_kernel
@@ -54,11 +55,33 @@ LANES: Tiles = {  # float32, whose products have no matrix unit
 }
 
 
-def configure(kernel: str, head_dim: int, dtype: torch.dtype, busy: bool) -> dict[str, int]:
+def configure(
+    kernel: str, q: Tensor, queries: int, keys: int, sequences: int, window: tuple[int, int],
+    busy: bool,
+) -> dict[str, int]:  # fmt: skip
     """Tiles, warps and stages of a kernel: forward, dq or dkdv.
 
-    busy: whether softcap, ALiBi or dropout need registers of their own.
+    queries, keys: of the longest sequence. window: (left, right). busy: whether softcap, ALiBi or
+    dropout need registers of their own.
     """
+    heads, head_dim = q.shape[-2:]
+    left, right = window
+    facts = {
+        "dtype": str(q.dtype), "head_dim": head_dim, "left": left >= 0, "right": right >= 0,
+        "busy": busy,
+    }  # fmt: skip
+    sizes = {  # what is larger counts as no larger: by then a GPU is full, and loops are long
+        "queries": min(queries, 16384),
+        "keys": min(keys if left < 0 else left + 1, keys, 16384),  # that a query sees
+        "heads": min(sequences * heads, 256),
+    }
+    tiles = heuristic(kernel, head_dim, q.dtype, busy)
+    chosen = configs.choose(f"flash_attention.{kernel}", facts, sizes, tiles)
+    return {"BLOCK_D": max(16, triton.next_power_of_2(head_dim)), **chosen}
+
+
+def heuristic(kernel: str, head_dim: int, dtype: torch.dtype, busy: bool) -> dict[str, int]:
+    """What a kernel takes untuned."""
     if dtype == torch.float32:
         tiles = LANES
     else:
@@ -67,11 +90,7 @@ def configure(kernel: str, head_dim: int, dtype: torch.dtype, busy: bool) -> dic
     if (busy or (kernel == "dkdv" and arch() == 100)) and walked > 16:
         walked //= 2
     block_m, block_n = (walked, held) if kernel == "dkdv" else (held, walked)
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    return {
-        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d,
-        "num_warps": 8, "num_stages": stages,
-    }  # fmt: skip
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 8, "num_stages": stages}
 
 
 def check(q: Tensor) -> None:
@@ -88,8 +107,8 @@ def strides(tensor: Tensor | None, ndim: int) -> tuple[int, ...]:
 
 
 def offsets_within(*tiles: Tensor) -> tl.dtype:
-    """The integer that holds every offset within a tile, of up to 128 rows."""
-    reach = max(128 * x.stride(-3) + 256 * x.stride(-1) for x in tiles)
+    """The integer that holds every offset within a tile, of up to 256 rows."""
+    reach = max(256 * x.stride(-3) + 256 * x.stride(-1) for x in tiles)
     return tl.int32 if reach < 2**31 else tl.int64
 
 
@@ -118,7 +137,8 @@ def forward(
     sequences = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     longest_q = seqlen_q if max_seqlen_q is None else max_seqlen_q
     busy = softcap != 0 or alibi_slopes is not None or dropout_seed is not None
-    config = configure("forward", head_dim, q.dtype, busy)
+    longest_k = k.shape[-3] if max_seqlen_k is None else max_seqlen_k
+    config = configure("forward", q, longest_q, longest_k, sequences, (left, right), busy)
     forward_kernel[(heads, triton.cdiv(longest_q, config["BLOCK_M"]), sequences)](
         q, k, v, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k, count, samples, out, lse,
         *shared_arguments(q, k, left, right, scale, softcap, dropout_p),
@@ -143,7 +163,8 @@ def backward(
     arguments = shared_arguments(q, k, left, right, scale, softcap, dropout_p)
     offset = offsets_within(dout, q, k, v, out)
 
-    config = configure("dq", head_dim, q.dtype, busy)
+    shape = q, longest_q, longest_k, sequences, (left, right), busy
+    config = configure("dq", *shape)
     dq_kernel[(heads, triton.cdiv(longest_q, config["BLOCK_M"]), sequences)](
         dout, dlse, q, k, v, out, lse, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k,
         count, samples, dq, base, delta, *arguments,
@@ -152,7 +173,7 @@ def backward(
         strides(delta, 3),
         HEAD_DIM=head_dim, OFFSET=offset, **config,
     )  # fmt: skip
-    config = configure("dkdv", head_dim, q.dtype, busy)
+    config = configure("dkdv", *shape)
     dkdv_kernel[(k.shape[-2], triton.cdiv(longest_k, config["BLOCK_N"]), sequences)](
         dout, q, k, v, base, delta, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k,
         count, samples, dk, dv, *arguments,

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import configs
 from ..dot import dot
 from ..precision import refuse_float64
 from ..target import arch, processors
@@ -251,15 +252,33 @@ SUMMED = 1024  # elements that a program of sum_kernel adds up
 
 
 def configure(
-    rows: int, columns: int, copies: int, fill: int, left: Tensor, right: Tensor, busy: bool
-) -> Tile:
-    """The largest tile that leaves less than a quarter idle: of itself, and of `fill` processors.
+    kernel: str, rows: int, columns: int, inner: int, copies: int, fill: int, left: Tensor,
+    right: Tensor, busy: bool,
+) -> Tile:  # fmt: skip
+    """The tile of a kernel, forward or weight_gradient.
 
-    rows, columns, copies: of the result. left, right: the operands of the products. busy: whether
-    anything else takes registers, so that the largest tile of all would spill.
+    rows, columns, copies: of the result. inner: the dimension that is summed over. fill: the
+    processors to fill. left, right: the operands of the products. busy: whether anything else takes
+    registers, so that the largest tile of all would spill.
     """
     vectors = loads_vectors(left) and loads_vectors(right)
-    if left.dtype == torch.float32:
+    facts = {
+        "left": str(left.dtype), "right": str(right.dtype), "vectors": vectors, "busy": busy,
+        "transposed": right.stride(-1) != 1,
+    }  # fmt: skip
+    # What is larger counts as no larger: by then a GPU is full, and loops are long
+    sizes = {"rows": copies * rows, "columns": columns, "inner": inner}
+    sizes = {name: min(size, 16384) for name, size in sizes.items()}
+    tile = heuristic(rows, columns, copies, fill, left.dtype, vectors, busy)
+    return Tile(**configs.choose(f"linear.{kernel}", facts, sizes, tile._asdict()))
+
+
+def heuristic(
+    rows: int, columns: int, copies: int, fill: int, dtype: torch.dtype, vectors: bool, busy: bool
+) -> Tile:
+    """Untuned, the largest tile that leaves less than a quarter idle: of itself, and of `fill`
+    processors."""
+    if dtype == torch.float32:
         tiles, busy = LANES, busy or not vectors
     elif vectors:
         tiles = WARPGROUPS if arch() in (90, 100) else WARPS
@@ -311,7 +330,9 @@ def forward_into(out, x, weight, bias, accumulate, count, samples):
     out, x = joined(count, out, x)
     (batch, seqlen, in_features), out_features = x.shape, len(weight)
     busy = x.dtype != weight.dtype or in_features % WARPGROUPS[0].inner != 0
-    tile = configure(seqlen, out_features, batch, processors(), x, weight, busy)
+    tile = configure(
+        "forward", seqlen, out_features, in_features, batch, processors(), x, weight, busy
+    )
     tiles = batch * triton.cdiv(seqlen, tile.rows) * triton.cdiv(out_features, tile.columns)
     linear_kernel[(min(tiles, processors() * tile.programs),)](
         x, weight, bias, count, samples, out,
@@ -330,7 +351,8 @@ def weight_gradient_into(grad, dout, x, bias_grad, written, count, samples):
     (batch, seqlen, in_features), out_features = x.shape, dout.shape[2]
     rows, columns, *_ = WARPGROUPS[0]
     busy = bias_grad is not None or out_features % rows != 0 or in_features % columns != 0
-    tile = configure(out_features, in_features, 1, 0, dout, x, busy)
+    tokens = batch * seqlen
+    tile = configure("weight_gradient", out_features, in_features, tokens, 1, 0, dout, x, busy)
     tiles = triton.cdiv(out_features, tile.rows) * triton.cdiv(in_features, tile.columns)
     steps = batch * triton.cdiv(seqlen, tile.inner)
     segments = max(1, min(processors() * tile.programs // tiles, steps // SHORTEST))

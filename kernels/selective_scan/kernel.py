@@ -30,6 +30,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .. import configs
 from ..precision import refuse_float64
 from ..target import arch, processors, refuse_more_samples_than_programs
 from .backward_kernel import backward_kernel, group_kernel
@@ -47,11 +48,36 @@ def width_of(states: int, backward: bool) -> int:
     return 16 if backward and states > most_states else 32
 
 
-def configure(states: int, backward: bool, light: bool, wide: bool) -> dict[str, int]:
-    """The tile, its warps, and the tokens whose loads go out together. Found by compiling offline.
+def configure(
+    u: Tensor, states: int, run: int, varying: bool, gated: bool, packed: bool, backward: bool
+) -> dict[str, int]:
+    """The tile, its warps, and the tokens whose loads go out together.
 
-    states: a power of two. light: whether the channels of a tile share both B and C, which both
-    vary; otherwise they need registers of their own. wide: whether inputs have more than 16 bits.
+    states: a power of two. run: consecutive channels that share both B and C. varying: whether both
+    B and C do, from token to token. gated, packed: whether there are z and seq_idx.
+    """
+    batch, seqlen, dim = u.shape
+    width = width_of(states, backward)
+    shared = runs_of(run, dim, width) == 1
+    facts = {
+        "dtype": str(u.dtype), "states": states, "run": width if shared else run,
+        "varying": varying, "gated": gated, "packed": packed,
+    }  # fmt: skip
+    # What is larger counts as no larger: by then a GPU is full, and loops are long
+    sizes = {"channels": min(batch * dim, 65536), "seqlen": min(seqlen, 16384)}
+    kernel = f"selective_scan.{'backward' if backward else 'forward'}"
+    untuned = heuristic(states, backward, shared and varying, wide=u.element_size() > 2)
+    chosen = configs.choose(kernel, facts, sizes, untuned)
+    if CHUNK % chosen["TOKENS"]:
+        raise ValueError(f"TOKENS of {kernel} must divide {CHUNK}, got {chosen['TOKENS']}")
+    return {"STATES": states, **chosen}
+
+
+def heuristic(states: int, backward: bool, light: bool, wide: bool) -> dict[str, int]:
+    """What a launch takes untuned. Found by compiling offline.
+
+    light: whether the channels of a tile share both B and C, which both vary; otherwise they need
+    registers of their own. wide: whether inputs have more than 16 bits.
     """
     width = width_of(states, backward)
     tokens = 4 if light and states < 64 else 2
@@ -60,7 +86,6 @@ def configure(states: int, backward: bool, light: bool, wide: bool) -> dict[str,
     elif wide or arch() < 90:
         tokens = 2
     options = {
-        "STATES": states,
         "BLOCK_DIM": width,
         "TOKENS": tokens,
         "num_warps": max(states * width // 512, 1),
@@ -68,6 +93,12 @@ def configure(states: int, backward: bool, light: bool, wide: bool) -> dict[str,
     if backward and states <= 8:
         options["maxnreg"] = 168  # or ptxas aims at 128 registers, and spills a few
     return options
+
+
+def runs_of(run: int, dim: int, width: int) -> int:
+    """How many runs of channels a tile of `width` lanes covers."""
+    of_run = triton.next_power_of_2(run)
+    return 1 if of_run >= width or run == dim else width // of_run
 
 
 def segment_of(seqlen: int, warps: int) -> int:
@@ -97,15 +128,14 @@ class Cut(NamedTuple):
     constants: dict[str, Any]
 
 
-def cut(u: Tensor, A: Tensor, B: Tensor, C: Tensor, backward: bool) -> Cut:
+def cut(u: Tensor, A: Tensor, B: Tensor, C: Tensor, z, seq_idx, backward: bool) -> Cut:
     batch, seqlen, dim = u.shape
     states = triton.next_power_of_2(A.shape[1])
-    width = width_of(states, backward)
     run = math.gcd(*(dim // x.shape[2] if x.ndim == 4 else dim for x in (B, C)))
-    of_run = triton.next_power_of_2(run)
-    runs = 1 if of_run >= width or run == dim else width // of_run
-    light = runs == 1 and B.ndim == C.ndim == 4
-    options = configure(states, backward, light, wide=u.element_size() > 2)
+    varying, gated, packed = B.ndim == C.ndim == 4, z is not None, seq_idx is not None
+    options = configure(u, states, run, varying, gated, packed, backward)
+    width = options["BLOCK_DIM"]
+    runs = runs_of(run, dim, width)
     blocks = dim // run * triton.cdiv(run, width)
     tiles = triton.cdiv(blocks, runs)
     segment = segment_of(seqlen, batch * tiles * options["num_warps"])
@@ -168,7 +198,7 @@ def forward(
     refuse_more_samples_than_programs(batch)
     if state > 256:
         raise ValueError(f"A must have at most 256 states for impl='triton', got {state}")
-    pieces = cut(u, A, B, C, backward=False)
+    pieces = cut(u, A, B, C, z, seq_idx, backward=False)
     A, B, C = (plane(x) if x.ndim == 2 else x for x in (A, B, C))
     before, before_strides = at_edges(
         initial_state, u, delta, A, B, None, delta_bias, seq_idx, count, samples, delta_softplus,
@@ -201,7 +231,7 @@ def backward(
     """into: memory for dB, dC and dz, or None for each. kept: each sample's is contiguous."""
     batch, seqlen, dim = u.shape
     state = A.shape[1]
-    pieces = cut(u, A, B, C, backward=True)
+    pieces = cut(u, A, B, C, z, seq_idx, backward=True)
     a, b, c = (plane(x) if x.ndim == 2 else x for x in (A, B, C))
     behind, behind_strides = at_edges(
         dfinal_state, dout, delta, a, c, z, delta_bias, seq_idx, count, samples, delta_softplus,
