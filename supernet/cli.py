@@ -118,6 +118,13 @@ def bench(words: Sequence[str], device: str, as_json: bool) -> None:
         raise SystemExit(f"tossup bench: not timed: {error}") from error
 
 
+def tune(words: Sequence[str], archs: Sequence[str], again: bool, output: Path | None) -> None:
+    """measure which launch configurations of an op are the fastest on this GPU, and keep them"""
+    from .tuning import run_tuning
+
+    run_tuning(words, archs, again, output)
+
+
 Command = Callable[[Path | None, Sequence[str]], None]
 
 # Each command, and where the configuration lives whose keys it takes.
@@ -141,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add_configured(commands, name, *configured)
     add_bench(commands)
     add_inspect(commands)
+    add_tune(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -205,6 +213,15 @@ def add_inspect(commands: Any) -> None:
     sub.add_argument("--op", nargs="+", default=[], help="folders of kernels/; all by default")
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.set_defaults(run=lambda options: inspect(options.arch, options.op, options.json))
+
+
+def add_tune(commands: Any) -> None:
+    sub = commands.add_parser("tune", help=tune.__doc__, description=tune.__doc__)
+    sub.add_argument("words", nargs="*", metavar="OP key=value", help="as `bench`; all by default")
+    sub.add_argument("--arch", nargs="+", default=[], help="list for these GPUs, such as sm_90")
+    sub.add_argument("--again", action="store_true", help="measure what is known as well")
+    sub.add_argument("--output", type=Path, help="the file; the GPU's own by default")
+    sub.set_defaults(run=lambda o: tune(o.words, o.arch, o.again, o.output))
 
 
 def split(words: Sequence[str]) -> tuple[Path | None, Sequence[str]]:
