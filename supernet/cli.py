@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from .config import EvaluationConfig, ModelConfig, RunConfig, SearchConfig, check_placement
+from .config import (
+    EvaluationConfig,
+    LatencyConfig,
+    ModelConfig,
+    RunConfig,
+    SearchConfig,
+    check_placement,
+)
 from .errors import ConfigError
 from .loader import describe, load_config, read_values
 
@@ -88,6 +95,18 @@ def check_evaluation(config: EvaluationConfig, model: ModelConfig) -> None:
         )
 
 
+def latency(path: Path | None, overrides: Sequence[str]) -> None:
+    """time each mixer of CONFIG's model, or draw a GPU's roofline, for a search by latency"""
+    from .latency import write_latencies
+
+    written, table = write_latencies(load_config(path, overrides, LatencyConfig))
+    print(table.meaning)
+    for name, mixer in table.mixers.items():
+        error = "" if mixer.error is None else f" ± {mixer.error:.0%}"
+        print(f"  {name}: {mixer.milliseconds:.4g}{error}  ({mixer.about})")
+    print(written)
+
+
 def inspect(archs: Sequence[str], ops: Sequence[str], as_json: bool) -> None:
     """compile every kernel for GPUs that need not be there, and print what each takes"""
     import triton
@@ -133,6 +152,7 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
     "search": (search, "config", "RunConfig"),
     "convert": (convert, "conversion", "ConvertConfig"),
     "eval": (evaluate, "config", "EvaluationConfig"),
+    "latency": (latency, "config", "LatencyConfig"),
 }
 
 

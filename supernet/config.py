@@ -414,6 +414,30 @@ class EvaluationConfig(RunConfig):
         return self
 
 
+class LatencyConfig(RunConfig):
+    """A run, and what its mixers are timed on, or a roofline is drawn for."""
+
+    batch: PositiveInt | None = Field(None, description="defaults to training.batch_size")
+    seqlen: PositiveInt | None = Field(None, description="defaults to data.length")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="of weights and activations; defaults to training.dtype"
+    )
+    direction: Literal["forward", "forward+backward"] = "forward"
+    gpu: str | None = Field(
+        None, description="whose roofline to draw; none measures on training.device"
+    )
+    measured: tuple[Path, ...] = Field(
+        (), description="tables measured on that GPU, which calibrate the roofline"
+    )
+    table: Path | None = Field(None, description="the file; defaults to output/latency.json")
+
+    @model_validator(mode="after")
+    def a_roofline_is_calibrated(self) -> "LatencyConfig":
+        if self.measured and self.gpu is None:
+            raise ValueError("measured takes a roofline: name its gpu")
+        return self
+
+
 def check_mixer_name(name: str) -> None:
     """Names become keys of a module dict and parts of tensor names."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) or hasattr(ModuleDict(), name):

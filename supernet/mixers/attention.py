@@ -13,8 +13,10 @@ from ...kernels.rotary import rotary, rotary_angles
 from ...kernels.rotary.ops import rotary_in_place_op
 from .cache import LayerCache, cache_of
 from .packing import packing_of
+from .products import products_of
 
 if TYPE_CHECKING:
+    from ...autotune.workloads import Workload
     from ..device_dispatch import Layout, Run
 
 
@@ -177,6 +179,16 @@ class Attention(nn.Module):
             sin = -sin if back else sin
             for tensor in tensors:
                 rotary_in_place_op(tensor, cos, sin, False, *run.tensors, run.impl)
+
+    def workloads(self, **shape: Any) -> "list[Workload]":
+        """What a forward pass runs, but for the rotation. shape: batch, seqlen and dtype."""
+        from ...autotune.workloads import Attention as Attend
+
+        attend = Attend(
+            heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
+            window=None if self.window_size is None else self.left, **shape,
+        )  # fmt: skip
+        return [*products_of(self, **shape), attend]
 
     def flops_per_token(self, seqlen: int) -> float:
         """Forward FLOPs, two per multiply-add, averaged over the places of a sequence."""

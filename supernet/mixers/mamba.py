@@ -25,8 +25,10 @@ from ...kernels.selective_scan.ops import (
 from ...kernels.selective_state_update import selective_state_update
 from .cache import LayerCache, cache_of, single_layer
 from .packing import packing_of
+from .products import products_of
 
 if TYPE_CHECKING:
+    from ...autotune.workloads import Workload
     from ..device_dispatch import Layout, Run
 
 
@@ -218,6 +220,10 @@ class Mamba(nn.Module):
         ssm_state.copy_(layer.states["ssm"])
         return out
 
+    def workloads(self, **shape: Any) -> "list[Workload]":
+        """What a forward pass runs. shape: batch, seqlen and dtype."""
+        return scan_mixer_workloads(self, groups=1, **shape)
+
     def flops_per_token(self, seqlen: int) -> float:
         """Forward FLOPs, two per multiply-add; the same at every length."""
         return scan_mixer_flops(self, (self.in_proj, self.x_proj, self.dt_proj, self.out_proj))
@@ -303,6 +309,10 @@ class GroupedMamba(nn.Module):
         """(batch, seqlen, d_xb) to (batch, seqlen, d_inner), as key and value heads repeat."""
         groups = x.unflatten(-1, (-1, self.d_state))
         return groups.repeat_interleave(self.d_inner // self.d_xb, dim=-2).flatten(-2)
+
+    def workloads(self, **shape: Any) -> "list[Workload]":
+        """What a forward pass runs. shape: batch, seqlen and dtype."""
+        return scan_mixer_workloads(self, groups=self.d_xb // self.d_state, **shape)
 
     def flops_per_token(self, seqlen: int) -> float:
         """Forward FLOPs, two per multiply-add; the same at every length."""
@@ -407,3 +417,17 @@ def scan_mixer_flops(mixer: Mamba | GroupedMamba, projections: tuple[nn.Linear, 
     """
     weights = sum(linear.weight.numel() for linear in projections) + mixer.conv1d.weight.numel()
     return 2 * weights + 9 * mixer.d_inner * mixer.d_state + 3 * mixer.d_inner
+
+
+def scan_mixer_workloads(
+    mixer: Mamba | GroupedMamba, groups: int, **shape: Any
+) -> "list[Workload]":
+    """groups: of B; where C has more, its bytes are left out of the floor."""
+    from ...autotune.workloads import CausalConv1d, SelectiveScan
+
+    channels, width = mixer.conv1d.in_channels, mixer.conv1d.kernel_size[0]
+    return [
+        *products_of(mixer, **shape),
+        CausalConv1d(dim=channels, width=width, **shape),
+        SelectiveScan(dim=mixer.d_inner, state=mixer.d_state, groups=groups, **shape),
+    ]

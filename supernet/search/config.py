@@ -41,6 +41,12 @@ class SearchConfig(BaseModel):
     candidates_per_forward: PositiveInt = Field(
         8, description="placements that are evaluated together"
     )
+    cost: Literal["flops", "latency"] = Field(
+        "flops", description="what the Pareto set weighs quality against, as search.json says"
+    )
+    latency_table: Path | None = Field(
+        None, description="for cost latency: a file that tossup latency wrote"
+    )
     output_path: Path | None = Field(
         None, description="the result, a JSON file; none means search.json in the run's folder"
     )
@@ -58,6 +64,15 @@ class SearchConfig(BaseModel):
             raise ValueError(
                 "higher_is_better takes false with score_metric loss, and true (its default) with "
                 f"accuracy, got {self.higher_is_better} with {self.score_metric}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def latencies_are_known(self) -> "SearchConfig":
+        if (self.cost == "latency") is not (self.latency_table is not None):
+            raise ValueError(
+                "latency_table goes with cost latency and with no other, "
+                f"got {self.latency_table} with {self.cost}"
             )
         return self
 

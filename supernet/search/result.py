@@ -8,7 +8,7 @@ and resumed leaves the same bytes as one that was not.
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..files import write_atomically
 from .config import SearchConfig
@@ -16,7 +16,12 @@ from .journal import Fingerprints
 from .scoring import Phase, Scored, SearchOutcome
 from .space import Placement, layers_of
 
-Cost = Callable[[Placement], float]
+
+class Cost(NamedTuple):
+    """of: a placement's cost; lower is better. unit: what that is, in words."""
+
+    of: Callable[[Placement], float]
+    unit: str
 
 
 def write_result(
@@ -44,8 +49,8 @@ def result_of(
 ) -> dict[str, Any]:
     """The result as JSON values.
 
-    cost: of a placement, such as FLOPs per token; lower is better. Without it, the Pareto set
-        weighs quality against the layers of each budgeted mixer.
+    cost: of a placement, such as FLOPs per token. Without it, the Pareto set weighs quality against
+        the layers of each budgeted mixer.
     exhaustive: an exhaustive search of the same space by the same scores; gives the regret, how
         much better than the winner its winner is.
     """
@@ -54,7 +59,7 @@ def result_of(
 
     def entry(scored: Scored) -> dict[str, Any]:
         value = outcome.board.objective.value(scored.score)
-        priced = {} if cost is None else {"cost": cost(scored.placement)}
+        priced = {} if cost is None else {"cost": cost.of(scored.placement)}
         counts = {mixer: scored.placement.count(mixer) for mixer in space.mixers}
         return {"placement": scored.placement, "score": value, "counts": counts, **priced}
 
@@ -72,6 +77,7 @@ def result_of(
             "early_stop_threshold": config.early_stop_threshold,
             "score_metric": config.score_metric,
             "higher_is_better": config.higher_is_better,
+            "cost_unit": None if cost is None else cost.unit,
         },
         "fingerprints": {
             "model": fingerprints.model,
@@ -111,7 +117,7 @@ def pareto_set(outcome: SearchOutcome, cost: Cost | None = None) -> list[Scored]
 
     def costs(scored: Scored) -> tuple[float, ...]:
         if cost is not None:
-            return (cost(scored.placement),)
+            return (cost.of(scored.placement),)
         return tuple(scored.placement.count(mixer) for mixer in space.budgets)
 
     priced = [(costs(scored), scored) for scored in outcome.board.scored.values()]

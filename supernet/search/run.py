@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from ..data import build_data
 from ..devices import device_of
 from ..errors import ConfigError
 from ..evaluate import evaluate_placements
+from ..model import SupernetModel
 from ..run_folder import differences, latest_checkpoint
 from . import search
 from .beam import max_evaluations
 from .journal import Fingerprints, Journal
-from .result import write_result
+from .result import Cost, write_result
 from .scoring import Score
 from .space import Placement, SearchSpace
 
@@ -40,6 +42,7 @@ def run_search(run: RunConfig, config: SearchConfig) -> dict[str, Any]:
     )
     data = build_data(run.data, run.seed)
     batches = data.evaluation(config.batches, config.batch_size)
+    cost = cost_model(config, model, seqlen=batches[0][0].shape[1])
     settings = config.model_dump(include={"batches", "batch_size", "candidates_per_forward"})
     settings |= run.training.model_dump(include={"dispatch", "device"})
     settings["torch"] = torch.__version__
@@ -61,14 +64,7 @@ def run_search(run: RunConfig, config: SearchConfig) -> dict[str, Any]:
         outcome = search(config, space, memory)
         bar.update(memory.reused)
         bar.total = bar.n
-    seqlen = batches[0][0].shape[1]
-    result = write_result(
-        output,
-        config,
-        outcome,
-        fingerprints,
-        cost=lambda placement: model.flops_per_token(seqlen, placement),
-    )
+    result = write_result(output, config, outcome, fingerprints, cost=cost)
     if config.output_checkpoint_path is not None:
         save_checkpoint(
             model,
@@ -77,6 +73,18 @@ def run_search(run: RunConfig, config: SearchConfig) -> dict[str, Any]:
             outcome.winner.placement,
         )
     return result
+
+
+def cost_model(config: SearchConfig, model: SupernetModel, seqlen: int) -> Cost:
+    """What a placement costs. Raises ConfigError where the latency table is not of this model."""
+    if config.latency_table is None:
+        unit = f"forward FLOPs per token, {seqlen} tokens"
+        return Cost(lambda placement: model.flops_per_token(seqlen, placement), unit)
+    from ..latency import check_mixers, cost_of, read
+
+    table = read(config.latency_table, "latency_table")
+    check_mixers(table, list(model.mixer_names), f"latency_table: {config.latency_table}")
+    return Cost(partial(cost_of, table), table.meaning)
 
 
 def check_outputs(output: Path, config: SearchConfig) -> None:

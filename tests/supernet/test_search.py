@@ -27,7 +27,7 @@ from tossup.supernet.search import (
     search,
 )
 from tossup.supernet.search.journal import Fingerprints, Journal
-from tossup.supernet.search.result import pareto_set, result_of, write_result
+from tossup.supernet.search.result import Cost, pareto_set, result_of, write_result
 
 QUALITY = Objective("accuracy", higher_is_better=True)
 FINGERPRINTS = Fingerprints(model="m", data="d", settings={"batches": 2})
@@ -391,13 +391,15 @@ def dominates(a, b):
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("cost", [None, lambda p: 3.0 * p.count("attention") + p.count("window")])
+@pytest.mark.parametrize(
+    "cost", [None, Cost(lambda p: 3.0 * p.count("attention") + p.count("window"), "")]
+)
 def test_the_pareto_set_is_what_nothing_dominates(seed, cost):
     outcome = beam_search(Table(random_quality(seed)), space_of(6, [2, 2]), QUALITY)
 
     def coordinates(scored):
         p = scored.placement
-        prices = (p.count("attention"), p.count("window")) if cost is None else (cost(p),)
+        prices = (p.count("attention"), p.count("window")) if cost is None else (cost.of(p),)
         return (scored.quality, *(-price for price in prices))
 
     scored = outcome.board.scored.values()
@@ -426,7 +428,7 @@ def test_the_result_file_says_everything(tmp_path):
         narrow,
         beam,
         FINGERPRINTS,
-        cost=lambda p: p.count("attention"),
+        cost=Cost(lambda p: p.count("attention"), "attention layers"),
         exhaustive=exact,
     )
     found = json.loads(narrow.output_path.read_text())
@@ -443,11 +445,12 @@ def test_the_result_file_says_everything(tmp_path):
     assert final["counts"] == {"attention": 2, "window": 3}
     assert final["metrics"] == {"loss": -1.0, "accuracy": 1.0}
     assert final["standard_errors"] == {"accuracy": 0.25}
-    assert final["cost"] == 2
+    assert (final["cost"], found["config"]["cost_unit"]) == (2, "attention layers")
     assert final["under_filled"] is False
     exact_result = result_of(narrow, exact, FINGERPRINTS)
     assert (exact_result["regret"], exact_result["phases"]) == (0, [])
-    assert result_of(narrow, beam, FINGERPRINTS)["regret"] is None
+    costless = result_of(narrow, beam, FINGERPRINTS)
+    assert costless["regret"] is None and costless["config"]["cost_unit"] is None
 
 
 def test_an_under_filled_budget_is_marked(tmp_path):

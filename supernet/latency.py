@@ -1,0 +1,133 @@
+"""`tossup latency`: how long each mixer of a model takes, measured or by a roofline; and what a
+search's placements cost by such a table."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import nn
+
+from ..autotune.latency import Latency, LatencyTable, measure, read_table
+from ..autotune.machine import name_of
+from ..autotune.peaks import PEAKS, Peak
+from ..autotune.roofline import estimate, floor_of
+from ..autotune.timing import CpuStopwatch, GpuStopwatch
+from .config import LatencyConfig
+from .devices import device_of
+from .errors import ConfigError
+from .files import write_atomically
+from .mixers import build_mixer
+from .search.space import Placement
+
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}  # dtypes, as workloads name them
+
+
+def write_latencies(config: LatencyConfig) -> tuple[Path, LatencyTable]:
+    """Raises ConfigError where a GPU's peaks are not known, or tables do not go together."""
+    table = measured(config) if config.gpu is None else roofline(config, config.gpu)
+    path = config.table or config.output / "latency.json"
+    write_atomically(path, table.text())
+    return path, table
+
+
+def measured(config: LatencyConfig) -> LatencyTable:
+    """Every mixer of a layer on training.device, where all samples take it."""
+    device = device_of(config.training.device)
+    mixers = {name: mixer.to(device, dtype_of(config)) for name, mixer in mixers_of(config).items()}
+    calls = {name: call_of(config, mixer, device) for name, mixer in mixers.items()}
+    stopwatch = GpuStopwatch() if device.type == "cuda" else CpuStopwatch()
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    return table_of(config, "measured", name_of(device), versions, measure(calls, stopwatch))
+
+
+def roofline(config: LatencyConfig, gpu: str) -> LatencyTable:
+    if gpu not in PEAKS:
+        raise ConfigError(f"gpu takes {', '.join(PEAKS)}, got {gpu!r}")
+    peak, tables = PEAKS[gpu], []
+    shell = table_of(config, "roofline", gpu, {}, {})
+    for path in config.measured:
+        table = read(path, "measured")
+        if table.source != "measured" or table.setting != shell.setting:
+            raise ConfigError(
+                f"measured takes tables measured on {shell.setting}; "
+                f"{path} is {table.source}: {table.setting}"
+            )
+        check_mixers(table, list(config.model.mixers), f"measured: {path}")
+        tables.append(table)
+    mixers = mixers_of(config)
+
+    def latency(name: str) -> Latency:
+        factors = [
+            table.mixers[name].milliseconds
+            / (1e3 * floor(config, mixers[name], peak, table.batch, table.seqlen))
+            for table in tables
+        ]
+        return estimate(floor(config, mixers[name], peak, *shape_of(config)), factors)
+
+    return shell.model_copy(update={"mixers": {name: latency(name) for name in mixers}})
+
+
+def floor(config: LatencyConfig, mixer: Any, peak: Peak, batch: int, seqlen: int) -> float:
+    dtype = SHORT[config.dtype or config.training.dtype]
+    ops = mixer.workloads(batch=batch, seqlen=seqlen, dtype=dtype)
+    return floor_of(ops, peak, config.direction)
+
+
+def table_of(
+    config: LatencyConfig, source: Any, device: str, versions: dict[str, str],
+    mixers: dict[str, Latency],
+) -> LatencyTable:  # fmt: skip
+    batch, seqlen = shape_of(config)
+    return LatencyTable(
+        source=source, device=device, batch=batch, seqlen=seqlen,
+        dtype=config.dtype or config.training.dtype, direction=config.direction,
+        versions=versions, mixers=mixers,
+    )  # fmt: skip
+
+
+def shape_of(config: LatencyConfig) -> tuple[int, int]:
+    return config.batch or config.training.batch_size, config.seqlen or config.data.length
+
+
+def dtype_of(config: LatencyConfig) -> torch.dtype:
+    return getattr(torch, config.dtype or config.training.dtype)
+
+
+def mixers_of(config: LatencyConfig) -> dict[str, nn.Module]:
+    """A layer's choices; weights are random, as no time depends on them."""
+    torch.manual_seed(config.seed)
+    hidden = config.model.hidden_size
+    return {name: build_mixer(mixer, hidden) for name, mixer in config.model.mixers.items()}
+
+
+def call_of(config: LatencyConfig, mixer: Any, device: torch.device) -> Callable[[], Any]:
+    batch, seqlen = shape_of(config)
+    x = torch.randn(batch, seqlen, config.model.hidden_size, device=device, dtype=dtype_of(config))
+    extra = {}
+    if hasattr(mixer, "preprocess"):
+        extra = mixer.preprocess(torch.arange(seqlen, device=device))
+    if config.direction == "forward":
+        return torch.no_grad()(lambda: mixer(x, **extra))
+    above, leaves = torch.randn_like(x), [x.requires_grad_(), *mixer.parameters()]
+    return lambda: torch.autograd.grad(mixer(x, **extra), leaves, above)
+
+
+def cost_of(table: LatencyTable, placement: Placement) -> float:
+    return sum(table.mixers[name].milliseconds for name in placement)
+
+
+def read(path: Path, key: str) -> LatencyTable:
+    try:
+        return read_table(path)
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def check_mixers(table: LatencyTable, names: list[str], where: str) -> None:
+    missing = [name for name in names if name not in table.mixers]
+    if missing:
+        raise ConfigError(f"{where} takes a latency for each of {names}, and lacks {missing[0]}")
