@@ -70,7 +70,10 @@ def configure(
     chosen = configs.choose(kernel, facts, sizes, untuned)
     if CHUNK % chosen["TOKENS"]:
         raise ValueError(f"TOKENS of {kernel} must divide {CHUNK}, got {chosen['TOKENS']}")
-    return {"STATES": states, **chosen}
+    options = {"STATES": states, **chosen}
+    if backward and states <= 8:
+        options["maxnreg"] = 168  # or ptxas aims at 128 registers, and spills a few
+    return options
 
 
 def heuristic(states: int, backward: bool, light: bool, wide: bool) -> dict[str, int]:
@@ -85,14 +88,11 @@ def heuristic(states: int, backward: bool, light: bool, wide: bool) -> dict[str,
         tokens //= 2
     elif wide or arch() < 90:
         tokens = 2
-    options = {
+    return {
         "BLOCK_DIM": width,
         "TOKENS": tokens,
         "num_warps": max(states * width // 512, 1),
     }
-    if backward and states <= 8:
-        options["maxnreg"] = 168  # or ptxas aims at 128 registers, and spills a few
-    return options
 
 
 def runs_of(run: int, dim: int, width: int) -> int:
