@@ -15,7 +15,8 @@ PACKAGES = ("torch", "triton", "numba", "numpy", "mamba-ssm", "causal-conv1d", "
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Hardware, versions and commit, as JSON. threads: of the CPU, where that is what ran."""
+    """Hardware, versions and commit, as JSON. Of a CPU also the threads that ran, and how many were
+    ready to run on its cores in the last five minutes, ours and others'."""
     about: dict[str, Any] = {"device": name_of(device)}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -24,6 +25,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         about["cuda"] = torch.version.cuda
     else:
         about["threads"] = torch.get_num_threads()
+        about["cores"] = os.cpu_count()
+        about["load"] = os.getloadavg()[1]
     about["python"] = platform.python_version()
     about["packages"] = {name: found for name in PACKAGES if (found := version_of(name))}
     about["commit"] = commit()

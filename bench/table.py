@@ -22,7 +22,9 @@ def entrants(race: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def markdown(record: dict[str, Any]) -> str:
     """Heading and table: a line for each race and peer; a race without one has a line as well."""
     versions = ", ".join(f"{name} {version}" for name, version in record["packages"].items())
-    threads = f", threads: {record['threads']}" if "threads" in record else ""
+    threads = ""
+    if "threads" in record:
+        threads = f", threads: {record['threads']}, load {record['load']:.1f} on {record['cores']}"
     on_gpu = "threads" not in record
     extra = [" ours, TFLOP/s | of the floor |", "---|---|"] if on_gpu else ["", ""]
     lines = [

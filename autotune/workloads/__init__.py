@@ -76,7 +76,7 @@ ON_GPU: tuple[Workload, ...] = (
     SelectiveScan(batch=8, seqlen=4096, dim=4096),
     SelectiveScan(batch=8, seqlen=4096, dim=2048),
     SelectiveScan(batch=2, seqlen=2048, dim=2048, state=64),
-    SelectiveScan(batch=1, seqlen=32768, dim=1024),
+    SelectiveScan(batch=1, seqlen=16384, dim=1024),
     SelectiveScan(batch=8, seqlen=4096, dim=4096, active=4),
     SelectiveScan(batch=8, seqlen=4096, dim=4096, active=0),
     CausalConv1d(batch=8, seqlen=4096, dim=4096),

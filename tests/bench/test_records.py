@@ -1,0 +1,113 @@
+"""Records of races, the tables and plots made from them, and what builds the peers."""
+
+import tarfile
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import peers, record, table
+from tossup.autotune.races import WrongResult
+from tossup.autotune.workloads import build
+
+
+def entrant(seconds: float, **more) -> dict:
+    times = {"median": seconds, "p20": seconds / 2, "p80": seconds * 2}
+    return times | {"ratio": seconds / 1e-3, "tflops": 500.0, "share": 0.625} | more
+
+
+def one_race(**more) -> dict:
+    peers_of = {"fast": entrant(2e-3), "absent": {"untimed": "not built: no nvcc"}}
+    entrants = {"ours": entrant(1e-3)} | peers_of
+    return {"workload": "linear batch=1", "direction": "dgrad", "entrants": entrants} | more
+
+
+def a_record(**more) -> dict:
+    about = {"device": "NVIDIA H200", "packages": {"torch": "2.11.0"}, "commit": "abc"}
+    races = [one_race(), {"workload": "linear", "direction": "wgrad", "failed": "off by 1"}]
+    return about | {"time": "2026-01-02T03:04:05+00:00", "races": races} | more
+
+
+def test_a_table_has_a_line_for_each_peer_and_names_what_was_not_timed():
+    lines = table.markdown(a_record()).splitlines()
+    assert lines[0].startswith("NVIDIA H200; torch 2.11.0; 2026-01-02, commit abc.")
+    assert lines[2].endswith("| peer / ours | ours, TFLOP/s | of the floor |")
+    assert lines[4] == (
+        "| linear batch=1, dgrad | 1 (0.5–2) | fast | 2 (1–4) | 2.00 × | 500 | 62% |"
+    )
+    assert lines[-1] == "Not timed: absent (not built: no nvcc); linear, wgrad (off by 1)."
+    on_cpu = {"threads": 1, "cores": 2, "load": 0.75}
+    of_cpu = table.markdown(a_record(**on_cpu)).splitlines()
+    assert "threads: 1, load 0.8 on 2" in of_cpu[0] and of_cpu[4].endswith("| 2.00 × |")
+    assert of_cpu[3].count("|") == of_cpu[4].count("|")
+    assert lines[3].count("|") == lines[4].count("|")
+    alone = one_race(entrants={"ours": entrant(5.0)})
+    line = table.markdown(a_record(**on_cpu, races=[alone])).splitlines()[4]
+    assert line == "| linear batch=1, dgrad | 5000 (2500–10000) | none | – | – |"
+
+
+def test_a_plot_is_the_same_every_time(tmp_path):
+    (path,) = table.plot(a_record(), tmp_path)
+    first = path.read_bytes()
+    assert path.name == "linear.svg" and b"linear on NVIDIA H200" in first
+    table.plot(a_record(), tmp_path)
+    assert path.read_bytes() == first
+
+
+def test_a_wrong_result_has_a_reason_in_place_of_times(monkeypatch):
+    workload = build("linear", {"seqlen": 8, "in_features": 8, "out_features": 8})
+
+    class Race:
+        def __init__(self, *arguments):
+            pass
+
+        def run(self, direction):
+            if direction == "dgrad":
+                raise WrongResult("dx is off by 1")
+            return {"workload": workload.name, "direction": direction}
+
+    monkeypatch.setattr(record, "Race", Race)
+    monkeypatch.setattr(record, "shipped", lambda device: (workload,))
+    cpu = torch.device("cpu")
+    forward, dgrad, wgrad = record.race_op("linear", cpu, 0.0)
+    assert "failed" not in forward and "failed" not in wgrad
+    assert dgrad["failed"] == "dx is off by 1"
+    assert not list(record.race_op("attention", cpu, 0.0))
+
+
+def test_a_process_that_ends_early_keeps_what_it_did(monkeypatch):
+    options = SimpleNamespace(device="cpu", seconds=0.0, limit=5.0)
+
+    def run(command, timeout):
+        path = command[command.index("--append") + 1]
+        open(path, "w").write('{"workload": "first"}\n')
+        if timeout:
+            raise record.subprocess.TimeoutExpired(command, timeout)
+        return SimpleNamespace(returncode=3)
+
+    monkeypatch.setattr(record.subprocess, "run", run)
+    first, rest = record.in_process("linear", options)
+    assert first == {"workload": "first"} and rest["failed"].startswith("what was left after 5 s")
+    options.limit = 0
+    assert record.in_process("linear", options)[1]["failed"] == "the process ended with 3"
+
+
+def test_sources_come_from_the_newest_distribution(tmp_path):
+    for version in ("1.0", "1.1"):
+        folder = tmp_path / f"causal_conv1d-{version}/csrc"
+        folder.mkdir(parents=True)
+        for name in ("a.cpp", "b.cu", "c.h"):
+            (folder / name).write_text(version)
+        with tarfile.open(tmp_path / f"causal_conv1d-{version}.tar.gz", "w:gz") as archive:
+            archive.add(folder.parent, folder.parent.name)
+    sources = peers.sources_of("causal_conv1d", "csrc", tmp_path, tmp_path / "out")
+    assert [path.name for path in sources] == ["a.cpp", "b.cu"]
+    assert all(path.read_text() == "1.1" for path in sources)
+    with pytest.raises(peers.NotBuilt, match=r"holds no mamba_ssm-\*.tar.gz"):
+        peers.sources_of("mamba_ssm", "csrc", tmp_path, tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it would build")
+def test_what_cannot_be_built_says_why(tmp_path):
+    for name in peers.EXTENSIONS:
+        assert peers.build(name, tmp_path, tmp_path) == "not built: torch sees no GPU"
