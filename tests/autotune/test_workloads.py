@@ -74,8 +74,8 @@ def test_blocks_of_the_references_agree_with_the_whole(monkeypatch):
 
     monkeypatch.setattr(attention, "BLOCK", 10)
     monkeypatch.setattr(selective_scan, "STEPS", 10)
-    for op in ("attention", "selective_scan"):
-        prepared = small(op).prepare("cpu")
+    for op, values in (("attention", {}), ("attention", {"causal": False}), ("selective_scan", {})):
+        prepared = small(op, **values).prepare("cpu")
         assert prepared.wrong(prepared.ours["forward+backward"]()) is None
 
 
