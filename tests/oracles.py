@@ -1,15 +1,16 @@
-"""mamba-ssm as an oracle. Nowhere else is it imported.
+"""mamba-ssm as an oracle. Tests import it nowhere else.
 
-It is installed without its compiled extensions, yet importing it imports one. An empty module
-stands in for that one while mamba-ssm is imported, and is gone again afterwards. mamba-ssm's
-`Mamba` then takes its own slow path, in which its own reference replaces the CUDA scan.
+It is installed without its compiled extensions, yet importing it imports one, for which an empty
+module stands in. mamba-ssm's `Mamba` then takes its own slow path, in which its own reference
+replaces the CUDA scan.
 """
 
-import sys
 from types import ModuleType
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from tossup.autotune.workloads.upstream import stand_in
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -20,14 +21,10 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) ->
 
 def import_without_extensions() -> tuple[ModuleType, ModuleType, ModuleType]:
     """mamba-ssm's modules of the scan, of its one step and of `Mamba`."""
-    extension = "selective_scan_cuda"
-    sys.modules[extension] = ModuleType(extension)
-    try:
+    with stand_in("selective_scan_cuda"):
         from mamba_ssm.modules import mamba_simple
         from mamba_ssm.ops import selective_scan_interface
         from mamba_ssm.ops.triton import selective_state_update
-    finally:
-        del sys.modules[extension]
     mamba_simple.selective_scan_fn = selective_scan_interface.selective_scan_ref
     selective_scan_interface.causal_conv1d_fn = convolve
     return selective_scan_interface, selective_state_update, mamba_simple
