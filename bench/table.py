@@ -104,7 +104,9 @@ def plot(record: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def main() -> None:
-    folders = sorted(path for path in RESULTS.iterdir() if path.is_dir())
+    folders = sorted({path.parent for path in RESULTS.glob("*/*.json")})
+    if not folders:
+        raise SystemExit(f"{RESULTS} holds no record: `python -m bench.record` makes one")
     records = {folder: newest(folder) for folder in folders}
     tables = "\n\n".join(markdown(record) for record in records.values())
     before, rest = README.read_text("utf-8").split(START)
