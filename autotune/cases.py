@@ -145,6 +145,25 @@ def rotate(dtype: torch.dtype, interleaved: bool) -> None:
     kernels_of("rotary").forward(x, angles, angles, interleaved, *route_over(batch))
 
 
+def repetitions() -> Iterator[Case]:
+    """(channels, group, repeats) of Apriel's Mamba, and groups that fill no vector."""
+    shapes = {
+        "8×4096×1024, 4 × groups of 16": (torch.bfloat16, 1024, 16, 4),
+        "8×4096×510, 3 × groups of 5": (torch.float32, 510, 5, 3),
+    }
+    for name, (dtype, *shape) in shapes.items():
+        launch = partial(repeat, dtype, *shape)
+        yield Case("repeat_groups", f"routed, {short(dtype)}, {name}", launch)
+
+
+def repeat(dtype: torch.dtype, dim: int, group: int, repeats: int) -> None:
+    """Forward, and the sum over the copies that is its gradient."""
+    x, out = (meta(8, 4096, width, dtype=dtype) for width in (dim, dim * repeats))
+    kernels = kernels_of("repeat_groups")
+    kernels.repeat(out, x, group, *route_over(8))
+    kernels.add_up(x, out, group, *route_over(8))
+
+
 def attentions() -> Iterator[Case]:
     """(dtype, head_dim): every table of tiles, and head dims that fill no tile."""
     half = [(torch.bfloat16, head_dim) for head_dim in (16, 64, 80, 128, 256)]
@@ -262,6 +281,7 @@ CASES: tuple[Case, ...] = (
     *scans(),
     *convolutions(),
     *rotations(),
+    *repetitions(),
     *updates(),
     *linears(),
     *accumulations(),

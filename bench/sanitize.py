@@ -61,6 +61,12 @@ def positions(route: tossup.Route) -> None:
         backward(out[route.samples[: int(route.count)].long()])
 
 
+def repetitions(route: tossup.Route) -> None:
+    for group in (8, 9):
+        out = tossup.repeat_groups(random(BATCH, SEQLEN, DIM), group, 3, route=route)
+        backward(out[route.samples[: int(route.count)].long()])
+
+
 def projections(route: tossup.Route) -> None:
     for dtype, of_weight in ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)):
         x = random(BATCH, SEQLEN, DIM, dtype=dtype)
@@ -92,7 +98,7 @@ def main() -> None:
     torch.manual_seed(0)
     strategy = tossup.Strategy(mixers=2, kind="full_layout", per_sample=True)
     table = tossup.draw(strategy, seed=0, step=0, layers=3, batch=BATCH, device="cuda")
-    for op in (attention, mamba, positions, projections, sums, decode):
+    for op in (attention, mamba, positions, repetitions, projections, sums, decode):
         for mixer in range(2):
             op(table.route(1, mixer))
     torch.cuda.synchronize()

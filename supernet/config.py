@@ -321,8 +321,7 @@ class TrainingConfig(Config):
     )
     frozen: tuple[str, ...] = Field((), description="patterns of parameter names, as in a shell")
     dispatch: Literal["device", "host", "dense"] = Field(
-        "host",
-        description="who follows the mixer table; device: the kernels, of attention and mamba1",
+        "host", description="who follows the mixer table; device: the kernels themselves"
     )
     graph: bool = Field(
         False, description="capture a step in one CUDA graph and replay it; with dispatch device"
@@ -369,17 +368,6 @@ class RunConfig(Config):
     data: DataConfig
     training: TrainingConfig
     search: SearchConfig | None = None
-
-    @model_validator(mode="after")
-    def mixers_follow_routes(self) -> "RunConfig":
-        if self.training.dispatch == "device":
-            for name, mixer in self.model.mixers.items():
-                if mixer.type not in ("attention", "mamba1"):
-                    raise ValueError(
-                        "training.dispatch device takes mixers of type attention and mamba1, "
-                        f"got {mixer.type} for {name}"
-                    )
-        return self
 
     @model_validator(mode="after")
     def tokens_fit(self) -> "RunConfig":

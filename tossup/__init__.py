@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .kernels.causal_conv1d_update import causal_conv1d_update
     from .kernels.flash_attention import flash_attention
     from .kernels.linear import linear
+    from .kernels.repeat_groups import repeat_groups
     from .kernels.rotary import rotary, rotary_angles
     from .kernels.routing import MixerTable, Route, Strategy, draw
     from .kernels.selective_scan import selective_scan
@@ -45,6 +46,7 @@ _MODULES = {
     "linear": "kernels.linear",
     "load_checkpoint": "supernet.conversion",
     "parameter_groups": "supernet.optimizer",
+    "repeat_groups": "kernels.repeat_groups",
     "rotary": "kernels.rotary",
     "rotary_angles": "kernels.rotary",
     "save_checkpoint": "supernet.conversion",

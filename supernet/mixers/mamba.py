@@ -16,6 +16,8 @@ from ...kernels.causal_conv1d import causal_conv1d
 from ...kernels.causal_conv1d.ops import causal_conv1d_backward_into_op, causal_conv1d_into_op
 from ...kernels.causal_conv1d_update import causal_conv1d_update
 from ...kernels.precision import wide
+from ...kernels.repeat_groups import repeat_groups
+from ...kernels.repeat_groups.ops import repeat_groups_into_op, sum_groups_into_op
 from ...kernels.selective_scan import selective_scan
 from ...kernels.selective_scan.ops import (
     CHUNKS,
@@ -119,10 +121,7 @@ class Mamba(nn.Module):
     def routed_forward(self, run: "Run", x: Tensor, out: Tensor) -> None:
         slot = run.slot
         run.linear(slot["xz"], x, self.in_proj.weight, self.in_proj.bias)
-        causal_conv1d_into_op(
-            slot["conv"], slot["xz"][..., : self.d_inner], *self.taps(), *run.tensors, "silu",
-            run.impl,
-        )  # fmt: skip
+        convolve_into(self.conv1d, run, slot["conv"], slot["xz"][..., : self.d_inner])
         run.linear(slot["projected"], slot["conv"], self.x_proj.weight)
         dt, _, _ = self.split(slot["projected"])
         run.linear(slot["dt"], dt, self.dt_proj.weight)
@@ -131,10 +130,7 @@ class Mamba(nn.Module):
 
     def routed_backward(self, run: "Run", dout: Tensor, x: Tensor, dx: Tensor) -> None:
         slot = run.slot
-        dy, dxz, dprojected = (
-            torch.empty_like(slot[name], memory_format=torch.contiguous_format)
-            for name in ("y", "xz", "projected")
-        )
+        dy, dxz, dprojected = (fresh(slot[name]) for name in ("y", "xz", "projected"))
         run.linear_backward(dout, slot["y"], dy, self.out_proj.weight, self.out_proj.bias)
         ddt_low, dB, dC = self.split(dprojected)
         scanned = self.scanned(run)
@@ -145,17 +141,15 @@ class Mamba(nn.Module):
         dt, _, _ = self.split(slot["projected"])
         run.linear_backward(ddt, dt, ddt_low, self.dt_proj.weight)
         run.linear_backward(dprojected, slot["conv"], dconv, self.x_proj.weight, add=True)
-        taps, bias = self.taps()
-        dtaps, dbias = causal_conv1d_backward_into_op(
-            dxz[..., : self.d_inner], dconv, slot["xz"][..., : self.d_inner], taps, bias,
-            *run.tensors, "silu", run.impl,
-        )  # fmt: skip
+        narrow = slice(0, self.d_inner)
+        of_conv = convolve_backward(
+            self.conv1d, run, dxz[..., narrow], dconv, slot["xz"][..., narrow]
+        )
         run.add_gradients(
             (self.A_log, dA * scanned[2]),  # A = -exp(A_log) is its own derivative
             (self.D, dD),
             (self.dt_proj.bias, ddt_bias),
-            (self.conv1d.weight, dtaps),
-            (self.conv1d.bias, dbias),
+            *of_conv,
         )
         run.linear_backward(dxz, x, dx, self.in_proj.weight, self.in_proj.bias)
 
@@ -165,9 +159,6 @@ class Mamba(nn.Module):
             self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D, self.out_proj.weight,
             self.out_proj.bias,
         )  # fmt: skip
-
-    def taps(self) -> tuple[Tensor, Tensor | None]:
-        return self.conv1d.weight.squeeze(1), self.conv1d.bias
 
     def split(self, projected: Tensor) -> tuple[Tensor, ...]:
         """The low-rank time step, B and C."""
@@ -293,22 +284,98 @@ class GroupedMamba(nn.Module):
         packing = cache.step if cache else packing_of(batch, seqlen, attention_mask, cu_seqlens)
         seq_idx = packing.seq_idx if packing else None
 
-        widths = (self.d_inner, self.d_xb, self.d_xb, self.d_inner)
-        z, x, B, C = self.in_proj(hidden_states).split(widths, dim=-1)
+        z, x, B, C = self.split(self.in_proj(hidden_states))
         dt = self.dt_proj(self.dt_in_proj(hidden_states))
+        repeats = self.d_inner // self.d_xb
         if self.repeat_kv_before_conv:
-            x = convolve(self.conv1d, self.repeat_groups(x), seq_idx, cache)
+            x = convolve(self.conv1d, repeat_groups(x, self.d_state, repeats), seq_idx, cache)
         else:
-            x = self.repeat_groups(convolve(self.conv1d, x, seq_idx, cache))
-        # The scan reads group d · groups / d_inner for channel d, so B needs no repeating.
-        B = B.unflatten(-1, (-1, self.d_state))
-        C = C.unflatten(-1, (-1, self.d_state))
+            x = repeat_groups(convolve(self.conv1d, x, seq_idx, cache), self.d_state, repeats)
         return self.out_proj(scan(self, x, dt, B, C, z, seq_idx, cache))
 
-    def repeat_groups(self, x: Tensor) -> Tensor:
-        """(batch, seqlen, d_xb) to (batch, seqlen, d_inner), as key and value heads repeat."""
-        groups = x.unflatten(-1, (-1, self.d_state))
-        return groups.repeat_interleave(self.d_inner // self.d_xb, dim=-2).flatten(-2)
+    def split(self, projected: Tensor) -> tuple[Tensor, ...]:
+        """z, x, B and C; of the last two a group of states each.
+
+        The scan reads group d · groups / d_inner for channel d, so B needs no repeating.
+        """
+        widths = (self.d_inner, self.d_xb, self.d_xb, self.d_inner)
+        z, x, B, C = projected.split(widths, dim=-1)
+        return z, x, B.unflatten(-1, (-1, self.d_state)), C.unflatten(-1, (-1, self.d_state))
+
+    def slot_layout(self, seqlen: int, dtype: torch.dtype, impl: str) -> "Layout":
+        """Repeated channels are not kept: the backward pass repeats them again."""
+        chunks = math.ceil(seqlen / CHUNKS[impl])
+        return {
+            "projected": ((seqlen, self.in_proj.out_features), dtype),
+            "low": ((seqlen, self.dt_rank), dtype),
+            "dt": ((seqlen, self.d_inner), dtype),
+            "conv": ((seqlen, self.conv1d.out_channels), dtype),
+            "y": ((seqlen, self.d_inner), dtype),
+            "kept": ((chunks, self.d_state, self.d_inner), wide(dtype)),
+        }
+
+    def routed_forward(self, run: "Run", x: Tensor, out: Tensor) -> None:
+        slot = run.slot
+        run.linear(slot["projected"], x, self.in_proj.weight, self.in_proj.bias)
+        run.linear(slot["low"], x, self.dt_in_proj.weight, self.dt_in_proj.bias)
+        run.linear(slot["dt"], slot["low"], self.dt_proj.weight, self.dt_proj.bias)
+        convolve_into(self.conv1d, run, slot["conv"], self.convolved(run))
+        selective_scan_into_op(slot["y"], slot["kept"], *self.scanned(run), True, run.impl)
+        run.linear(out, slot["y"], self.out_proj.weight, self.out_proj.bias)
+
+    def routed_backward(self, run: "Run", dout: Tensor, x: Tensor, dx: Tensor) -> None:
+        slot = run.slot
+        dy, dprojected, dlow = (fresh(slot[name]) for name in ("y", "projected", "low"))
+        dz, dnarrow, dB, dC = self.split(dprojected)
+        run.linear_backward(dout, slot["y"], dy, self.out_proj.weight, self.out_proj.bias)
+        scanned = self.scanned(run)
+        du, ddt, dA, dD, dbias = selective_scan_backward_into_op(
+            dB, dC, dz, dy, slot["kept"], *scanned, True, run.impl
+        )
+        run.linear_backward(ddt, slot["low"], dlow, self.dt_proj.weight)
+        if self.repeat_kv_before_conv:
+            drepeated = dy  # which is no longer needed
+            of_conv = convolve_backward(self.conv1d, run, drepeated, du, self.convolved(run))
+            sum_groups_into_op(dnarrow, drepeated, self.d_state, *run.tensors, run.impl)
+        else:
+            dconv = fresh(slot["conv"])
+            sum_groups_into_op(dconv, du, self.d_state, *run.tensors, run.impl)
+            of_conv = convolve_backward(self.conv1d, run, dnarrow, dconv, self.convolved(run))
+        run.add_gradients(
+            (self.A_log, dA * scanned[2]),  # A = -exp(A_log) is its own derivative
+            (self.D, dD),
+            (self.dt_proj.bias, 2 * dbias),  # of the scan, and the same of dt_proj
+            *of_conv,
+        )
+        run.linear_backward(dprojected, x, dx, self.in_proj.weight, self.in_proj.bias)
+        run.linear_backward(dlow, x, dx, self.dt_in_proj.weight, self.dt_in_proj.bias, add=True)
+
+    def routed_parameters(self) -> tuple[Tensor | None, ...]:
+        return (
+            self.in_proj.weight, self.in_proj.bias, self.dt_in_proj.weight, self.dt_in_proj.bias,
+            *self.conv1d.parameters(), self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D,
+            self.out_proj.weight, self.out_proj.bias,
+        )  # fmt: skip
+
+    def convolved(self, run: "Run") -> Tensor:
+        """What the convolution takes."""
+        _, x, _, _ = self.split(run.slot["projected"])
+        return self.repeated(run, x) if self.repeat_kv_before_conv else x
+
+    def scanned(self, run: "Run") -> tuple[Any, ...]:
+        """What the scan takes, from u to the route."""
+        slot = run.slot
+        z, _, B, C = self.split(slot["projected"])
+        u = slot["conv"] if self.repeat_kv_before_conv else self.repeated(run, slot["conv"])
+        bias = None if self.dt_proj.bias is None else self.dt_proj.bias.float()
+        return (
+            u, slot["dt"], -self.A_log.float().exp(), B, C, self.D.float(), z, bias, *run.tensors
+        )  # fmt: skip
+
+    def repeated(self, run: "Run", x: Tensor) -> Tensor:
+        out = fresh(run.slot["y"])
+        repeat_groups_into_op(out, x, self.d_state, *run.tensors, run.impl)
+        return out
 
     def workloads(self, **shape: Any) -> "list[Workload]":
         """What a forward pass runs. shape: batch, seqlen and dtype."""
@@ -371,6 +438,27 @@ def convolve(
     if cache is not None:
         cache.keep("conv", state)
     return out
+
+
+def fresh(like: Tensor) -> Tensor:
+    """Memory that nobody wrote, one sample behind the other."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def convolve_into(conv: nn.Conv1d, run: "Run", out: Tensor, x: Tensor) -> None:
+    taps = conv.weight.squeeze(1)
+    causal_conv1d_into_op(out, x, taps, conv.bias, *run.tensors, "silu", run.impl)
+
+
+def convolve_backward(
+    conv: nn.Conv1d, run: "Run", dx: Tensor, dout: Tensor, x: Tensor
+) -> tuple[tuple[Tensor | None, Tensor], ...]:
+    """Write dx. Returns the taps and their bias, each with its gradient."""
+    taps = conv.weight.squeeze(1)
+    dtaps, dbias = causal_conv1d_backward_into_op(
+        dx, dout, x, taps, conv.bias, *run.tensors, "silu", run.impl
+    )
+    return (conv.weight, dtaps), (conv.bias, dbias)
 
 
 def scan(

@@ -554,11 +554,6 @@ def test_device_dispatch_trains_as_host_dispatch_does(tmp_path, accumulation):
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
 
 
-def test_device_dispatch_names_a_mixer_that_follows_no_route(tmp_path):
-    with pytest.raises(ValueError, match="of type attention and mamba1, got mamba for mamba"):
-        run_config(tmp_path, dispatch="device")
-
-
 def test_a_graph_takes_device_dispatch_and_cuda(tmp_path):
     with pytest.raises(ValueError, match="graph takes dispatch device, got host"):
         run_config(tmp_path, graph=True)

@@ -1,0 +1,78 @@
+"""torch.library registration: schema, shapes for tracing, gradients.
+
+Each of the two ops is the other's gradient. `group` is how many channels a group has.
+"""
+
+import torch
+from torch import Tensor
+
+from ..backend import call_backend
+from ..routing import snapshot
+
+
+@torch.library.custom_op("tossup::repeat_groups", mutates_args=())
+def repeat_groups_op(
+    x: Tensor, group: int, repeats: int, count: Tensor | None, samples: Tensor | None, impl: str
+) -> Tensor:
+    out = x.new_empty((*x.shape[:2], x.shape[2] * repeats))
+    call_backend(__package__, impl, "repeat", out, x, group, count, samples)
+    return out
+
+
+@repeat_groups_op.register_fake
+def _(x, group, repeats, *others):
+    return x.new_empty((*x.shape[:2], x.shape[2] * repeats))
+
+
+@torch.library.custom_op("tossup::sum_groups", mutates_args=())
+def sum_groups_op(
+    x: Tensor, group: int, repeats: int, count: Tensor | None, samples: Tensor | None, impl: str
+) -> Tensor:
+    out = x.new_empty((*x.shape[:2], x.shape[2] // repeats))
+    call_backend(__package__, impl, "add_up", out, x, group, count, samples)
+    return out
+
+
+@sum_groups_op.register_fake
+def _(x, group, repeats, *others):
+    return x.new_empty((*x.shape[:2], x.shape[2] // repeats))
+
+
+@torch.library.custom_op("tossup::repeat_groups_into", mutates_args=("out",))
+def repeat_groups_into_op(
+    out: Tensor, x: Tensor, group: int, count: Tensor | None, samples: Tensor | None, impl: str
+) -> None:
+    """As often as fills `out`, given memory of any strides."""
+    call_backend(__package__, impl, "repeat", out, x, group, count, samples)
+
+
+@torch.library.custom_op("tossup::sum_groups_into", mutates_args=("out",))
+def sum_groups_into_op(
+    out: Tensor, x: Tensor, group: int, count: Tensor | None, samples: Tensor | None, impl: str
+) -> None:
+    """The sum of as many copies as x has of `out`, given memory of any strides."""
+    call_backend(__package__, impl, "add_up", out, x, group, count, samples)
+
+
+@repeat_groups_into_op.register_fake
+@sum_groups_into_op.register_fake
+def _(out, *others):
+    return None
+
+
+def save_for_backward(ctx, inputs, output):
+    _, group, repeats, count, samples, impl = inputs
+    ctx.save_for_backward(*snapshot(count, samples))
+    ctx.options = group, repeats, impl
+
+
+def gradient_by(op):
+    def differentiate(ctx, dout):
+        group, repeats, impl = ctx.options
+        return op(dout, group, repeats, *ctx.saved_tensors, impl), *(None,) * 5
+
+    return differentiate
+
+
+repeat_groups_op.register_autograd(gradient_by(sum_groups_op), setup_context=save_for_backward)
+sum_groups_op.register_autograd(gradient_by(repeat_groups_op), setup_context=save_for_backward)
