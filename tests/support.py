@@ -27,6 +27,23 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
+def poison_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, so that whoever reads what nobody wrote is found out.
+
+    So do bytes, in which slots lie: set to ones, they are NaN in every floating dtype.
+    """
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        allocate = getattr(owner, name)
+
+        def poisoned(*args, allocate=allocate, **kwargs):
+            fresh = allocate(*args, **kwargs)
+            if fresh.dtype == torch.uint8:
+                return fresh.fill_(255)
+            return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
+
+        monkeypatch.setattr(owner, name, poisoned)
+
+
 def route_of(*samples: int, batch: int) -> Route:
     """A route over `samples`. What lies behind its count points far outside, so that use shows."""
     padded = torch.full((batch,), 10**6, dtype=torch.int32)

@@ -141,10 +141,8 @@ class Mamba(nn.Module):
         dt, _, _ = self.split(slot["projected"])
         run.linear_backward(ddt, dt, ddt_low, self.dt_proj.weight)
         run.linear_backward(dprojected, slot["conv"], dconv, self.x_proj.weight, add=True)
-        narrow = slice(0, self.d_inner)
-        of_conv = convolve_backward(
-            self.conv1d, run, dxz[..., narrow], dconv, slot["xz"][..., narrow]
-        )
+        of_x = slice(self.d_inner)
+        of_conv = convolve_backward(self.conv1d, run, dxz[..., of_x], dconv, slot["xz"][..., of_x])
         run.add_gradients(
             (self.A_log, dA * scanned[2]),  # A = -exp(A_log) is its own derivative
             (self.D, dD),
@@ -326,7 +324,7 @@ class GroupedMamba(nn.Module):
     def routed_backward(self, run: "Run", dout: Tensor, x: Tensor, dx: Tensor) -> None:
         slot = run.slot
         dy, dprojected, dlow = (fresh(slot[name]) for name in ("y", "projected", "low"))
-        dz, dnarrow, dB, dC = self.split(dprojected)
+        dz, dx_heads, dB, dC = self.split(dprojected)
         run.linear_backward(dout, slot["y"], dy, self.out_proj.weight, self.out_proj.bias)
         scanned = self.scanned(run)
         du, ddt, dA, dD, dbias = selective_scan_backward_into_op(
@@ -336,15 +334,15 @@ class GroupedMamba(nn.Module):
         if self.repeat_kv_before_conv:
             drepeated = dy  # which is no longer needed
             of_conv = convolve_backward(self.conv1d, run, drepeated, du, self.convolved(run))
-            sum_groups_into_op(dnarrow, drepeated, self.d_state, *run.tensors, run.impl)
+            sum_groups_into_op(dx_heads, drepeated, self.d_state, *run.tensors, run.impl)
         else:
             dconv = fresh(slot["conv"])
             sum_groups_into_op(dconv, du, self.d_state, *run.tensors, run.impl)
-            of_conv = convolve_backward(self.conv1d, run, dnarrow, dconv, self.convolved(run))
+            of_conv = convolve_backward(self.conv1d, run, dx_heads, dconv, self.convolved(run))
         run.add_gradients(
             (self.A_log, dA * scanned[2]),  # A = -exp(A_log) is its own derivative
             (self.D, dD),
-            (self.dt_proj.bias, 2 * dbias),  # of the scan, and the same of dt_proj
+            (self.dt_proj.bias, 2 * dbias),  # the scan's, and dt_proj's, which is the same
             *of_conv,
         )
         run.linear_backward(dprojected, x, dx, self.in_proj.weight, self.in_proj.bias)

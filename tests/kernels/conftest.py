@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from tests.support import poison_memory
+
 # torch lists the functions that a device context redirects once, when it first needs them: before
 # one of them is poisoned, lest the list keep the poisoned one.
 with torch.device("cpu"):
@@ -9,15 +11,7 @@ with torch.device("cpu"):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Fresh memory holds NaN, so that whoever reads what nobody wrote is found out."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        allocate = getattr(owner, name)
-
-        def poisoned(*args, allocate=allocate, **kwargs):
-            fresh = allocate(*args, **kwargs)
-            return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
-
-        monkeypatch.setattr(owner, name, poisoned)
+    poison_memory(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from tossup.kernels.backend import load_backend, resolve_impl
 from tossup.kernels.causal_conv1d import causal_conv1d
 from tossup.kernels.flash_attention import flash_attention
 from tossup.kernels.linear import linear
+from tossup.kernels.repeat_groups import repeat_groups
 from tossup.kernels.rotary import rotary, rotary_angles
 from tossup.kernels.selective_scan import selective_scan
 
@@ -57,14 +58,20 @@ def project(x: Tensor, **options) -> tuple[Tensor, ...]:
     return (linear(x, weight, **options),)
 
 
+def repeat(x: Tensor, **options) -> tuple[Tensor, ...]:
+    return (repeat_groups(x, 2, 3, **options),)
+
+
 OPS = {
     "flash_attention": attend,
     "selective_scan": scan,
     "causal_conv1d": convolve,
     "rotary": turn,
     "linear": project,
+    "repeat_groups": repeat,
 }
-RESULTS = [(name, n) for name in OPS for n in range(1 if name in ("rotary", "linear") else 2)]
+PAIRS = ("flash_attention", "selective_scan", "causal_conv1d")  # of results
+RESULTS = [(name, n) for name in OPS for n in range(2 if name in PAIRS else 1)]
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 every_result = pytest.mark.parametrize("op, result", [(OPS[o], n) for o, n in RESULTS])
 
@@ -209,7 +216,7 @@ def test_triton_refuses_float64_in_a_sentence(op, impl):
         op(random(1, 2, DIM), impl=impl)
 
 
-@pytest.mark.parametrize("op", [scan, convolve, turn], ids=["scan", "convolve", "turn"])
+@pytest.mark.parametrize("op", [scan, convolve, turn, repeat], ids=lambda op: op.__name__)
 @only_triton
 def test_triton_refuses_more_samples_than_a_grid_holds(op, impl):
     x = torch.zeros(1, 1, DIM).expand(65536, -1, -1)

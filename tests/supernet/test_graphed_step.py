@@ -27,6 +27,7 @@ def configured(output, device="cuda", **training) -> RunConfig:
         "attention": {"type": "attention", "heads": 4, "kv_heads": 2},
         "window": {"type": "attention", "heads": 2, "window_size": 3},
         "mamba": {"type": "mamba1", "d_state": 4},
+        "grouped": {"type": "mamba", "d_inner": 32, "d_xb": 16, "state_size": 4},
     }
     return RunConfig.model_validate(values)
 
