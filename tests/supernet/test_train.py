@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.supernet.tiny import run_config, run_values
+from tests.supernet.tiny import MIXERS, run_config, run_values
 from tossup.kernels.routing import MixerTable
 from tossup.supernet.checkpoint import read_checkpoint
 from tossup.supernet.config import RunConfig, TrainingConfig
@@ -542,10 +542,7 @@ def test_device_dispatch_trains_as_host_dispatch_does(tmp_path, accumulation):
     losses, weights = [], []
     for dispatch in ("device", "host"):
         values = run_values(tmp_path / dispatch, dispatch=dispatch, accumulation=accumulation)
-        values["model"]["mixer"]["mixers"] = {
-            "attention": {"type": "attention", "heads": 4, "kv_heads": 2},
-            "mamba": {"type": "mamba1", "d_state": 4},
-        }
+        values["model"]["mixer"]["mixers"] = MIXERS | {"mamba1": {"type": "mamba1", "d_state": 4}}
         train(RunConfig.model_validate(values))
         records = (tmp_path / dispatch / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(record)["loss"] for record in records])
