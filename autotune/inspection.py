@@ -8,11 +8,17 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from typing import Any
 
-from .cases import CASES
+import yaml
+
+from ..kernels.configs import entries_of
+from .cases import CASES, Case
 from .offline import SHARED_MEMORY, TENSOR_CORES, Launch, Loop, compile_launches
+from .on_meta import calls_on_meta, launching
+from .workloads import build
 
 ARCHS = tuple(SHARED_MEMORY)
 OPS = sorted({case.op for case in CASES})
@@ -29,20 +35,24 @@ COUNTED = {
 
 
 def inspect(
-    archs: Sequence[int], ops: Sequence[str] = (), jobs: int | None = None
+    archs: Sequence[int],
+    ops: Sequence[str] = (),
+    jobs: int | None = None,
+    gpu: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Compile every case, and report each of its launches.
 
     archs: compute capabilities, of ARCHS. ops: some of OPS; none means all. jobs: processes; by
-    default one for each core.
+    default one for each core. gpu: whose file in kernels/configs/ launches follow, in the cases and
+    in every workload that it was tuned for; by default none, which is untuned.
     Returns for each "op, case, sm_90: kernel" its registers, spills, bytes of shared memory and
     whether they fit, products of tiles and those without tensor cores, global loads before the
     first exit, and for each innermost loop its instructions and those that matter.
     """
     work = [
-        (place, arch)
+        (place, arch, gpu)
         for arch in archs
-        for place, case in enumerate(CASES)
+        for place, case in enumerate(cases_with(gpu))
         if not ops or case.op in ops
     ]
     with ProcessPoolExecutor(jobs or os.cpu_count(), get_context("spawn")) as pool:
@@ -50,12 +60,31 @@ def inspect(
         return {name: report for part in reports for name, report in part.items()}
 
 
-def inspect_case(place: int, arch: int) -> dict[str, dict[str, Any]]:
+@lru_cache
+def cases_with(gpu: str | None) -> tuple[Case, ...]:
+    """What is shipped untuned, and for what a GPU was tuned."""
+    tuned = dict.fromkeys((e.workload, e.key.kernel.partition(".")[0]) for e in entries_of(gpu))
+    return *CASES, *(Case(op, words, partial(launch_all, words)) for words, op in tuned)
+
+
+def launch_all(words: str) -> None:
+    """All kernels of a workload. words: as one types them after `tossup tune`."""
+    op, *pairs = words.split()
+    values = dict(pair.split("=") for pair in pairs)
+    workload = build(op, {key: yaml.safe_load(value) for key, value in values.items()})
+    calls = calls_on_meta(workload)
+    with launching():
+        for direction in workload.directions:
+            if "+" not in direction:
+                calls[direction]()
+
+
+def inspect_case(place: int, arch: int, gpu: str | None = None) -> dict[str, dict[str, Any]]:
     """A kernel that is launched in several forms is numbered from its second form on."""
-    case = CASES[place]
+    case = cases_with(gpu)[place]
     reports: dict[str, dict[str, Any]] = {}
     seen: Counter[str] = Counter()
-    for launch in compile_launches(case.launch, arch):
+    for launch in compile_launches(case.launch, arch, gpu):
         seen[launch.kernel] += 1
         number = f" ({seen[launch.kernel]})" if seen[launch.kernel] > 1 else ""
         reports[f"{case.op}, {case.name}, sm_{arch}: {launch.kernel}{number}"] = summary(launch)

@@ -107,12 +107,15 @@ def latency(path: Path | None, overrides: Sequence[str]) -> None:
     print(written)
 
 
-def inspect(archs: Sequence[str], ops: Sequence[str], as_json: bool) -> None:
+def inspect(
+    archs: Sequence[str], ops: Sequence[str], as_json: bool, gpu: str | None = None
+) -> None:
     """compile every kernel for GPUs that need not be there, and print what each takes"""
     import triton
 
     from ..autotune.inspection import ARCHS, OPS, table
     from ..autotune.inspection import inspect as inspect_kernels
+    from ..kernels.configs import path_of
 
     if triton.knobs.runtime.interpret:
         raise ConfigError("TRITON_INTERPRET must be unset: the interpreter compiles nothing")
@@ -121,7 +124,9 @@ def inspect(archs: Sequence[str], ops: Sequence[str], as_json: bool) -> None:
         for value in values:
             if value not in known:
                 raise ConfigError(f"{option} takes {', '.join(known)}, got {value!r}")
-    reports = inspect_kernels([ARCHS[names.index(arch)] for arch in archs], ops)
+    if gpu is not None and not path_of(gpu).exists():
+        raise ConfigError(f"--gpu takes the name of a file of configurations; no {path_of(gpu)}")
+    reports = inspect_kernels([ARCHS[names.index(arch)] for arch in archs], ops, gpu=gpu)
     found = {"triton": triton.__version__, "launches": reports}
     print(json.dumps(found, indent=1) if as_json else table(reports))
 
@@ -232,7 +237,8 @@ def add_inspect(commands: Any) -> None:
     sub.add_argument("--arch", nargs="+", default=["sm_90"], help="GPUs; sm_90 by default")
     sub.add_argument("--op", nargs="+", default=[], help="folders of kernels/; all by default")
     sub.add_argument("--json", action="store_true", help="print JSON")
-    sub.set_defaults(run=lambda options: inspect(options.arch, options.op, options.json))
+    sub.add_argument("--gpu", help="whose tuned configurations, as nvidia_h200; untuned by default")
+    sub.set_defaults(run=lambda o: inspect(o.arch, o.op, o.json, o.gpu))
 
 
 def add_tune(commands: Any) -> None:

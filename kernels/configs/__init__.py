@@ -22,7 +22,20 @@ import torch
 
 from .file import Config, Entry, Fact, Key, read
 
-__all__ = ["REACH", "Config", "Entry", "Fact", "Key", "asked", "choose", "forced", "of_gpu"]
+__all__ = [
+    "REACH",
+    "Config",
+    "Entry",
+    "Fact",
+    "Key",
+    "asked",
+    "choose",
+    "entries_of",
+    "forced",
+    "of_gpu",
+    "path_of",
+    "slug",
+]
 
 REACH = 2  # doublings
 
@@ -40,11 +53,13 @@ def choose(
     be the same. sizes: what may be near.
     Raises ValueError where a file is malformed, or holds other keys than the kernel takes.
     """
-    positive = tuple((name, max(size, 1)) for name, size in sizes.items())
-    key = Key(kernel, tuple(facts.items()), positive)
+    gpu = current_gpu()
+    if _asked is None and not _forced and not entries_of(gpu):
+        return heuristic  # every launch on a GPU without a file ends here
+    key = Key(kernel, tuple(facts.items()), tuple(sizes.items()))
     if _asked is not None:
         _asked.append((key, heuristic))
-    config = _forced.get(kernel) or known(current_gpu(), key)
+    config = _forced.get(kernel) or known(gpu, key)
     if config is None:
         return heuristic
     if config.keys() != heuristic.keys():
@@ -57,9 +72,7 @@ def choose(
 @lru_cache(maxsize=4096)
 def known(gpu: str | None, key: Key) -> Config | None:
     """What the GPU's file says of a launch, exactly or nearly; None is the heuristic."""
-    if gpu is None:
-        return None
-    sizes = dict(key.sizes)
+    sizes = {name: max(size, 1) for name, size in key.sizes}
     near: list[tuple[float, Entry]] = []
     for entry in entries_of(gpu):
         theirs = dict(entry.key.sizes)
@@ -67,7 +80,7 @@ def known(gpu: str | None, key: Key) -> Config | None:
             continue
         if theirs.keys() != sizes.keys():
             raise ValueError(
-                f"{path_of(gpu)}: sizes of {key.kernel} are {', '.join(sizes)}, "
+                f"{path_of(str(gpu))}: sizes of {key.kernel} are {', '.join(sizes)}, "
                 f"got {', '.join(theirs)}"
             )
         doublings = [abs(log2(sizes[name] / theirs[name])) for name in sizes]
@@ -77,9 +90,10 @@ def known(gpu: str | None, key: Key) -> Config | None:
 
 
 @lru_cache
-def entries_of(gpu: str) -> tuple[Entry, ...]:
-    path = path_of(gpu)
-    return tuple(read(path)) if path.exists() else ()
+def entries_of(gpu: str | None) -> tuple[Entry, ...]:
+    if gpu is None or not path_of(gpu).exists():
+        return ()
+    return tuple(read(path_of(gpu)))
 
 
 def path_of(gpu: str) -> Path:

@@ -10,6 +10,8 @@ import pytest
 
 from tossup.autotune.offline import Binary, Launch, Loop
 from tossup.autotune.pruning import judge, resident
+from tossup.kernels.configs import Entry, Key
+from tossup.kernels.configs.file import written
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {"BLOCK": 64, "num_warps": 8}
@@ -70,25 +72,42 @@ COMPILED = [
 ]
 
 
+# What a weight gradient of 256 × 256 follows
+FACTS = dict(
+    left="torch.bfloat16", right="torch.bfloat16", vectors=True, busy=False, transposed=False
+)
+SIZES = {"rows": 256, "columns": 256, "inner": 256}
+TUNED = Entry(
+    Key("linear.weight_gradient", tuple(FACTS.items()), tuple(SIZES.items())),
+    linear(), "linear batch=1 seqlen=256 in_features=256 out_features=256 dtype=bf16 active=1",
+    1.0, 2.0, 0.01, "2.13.0", "3.9.0", "2026-11-24",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def compiled() -> dict:
+def compiled(tmp_path_factory) -> dict:
     """In a process of its own, because the tests' interpreter replaces the compiler."""
     configs = [config for config, _ in COMPILED]
     program = f"""
 import json
+from tossup.autotune.cases import CASES
+from tossup.autotune.inspection import inspect_case
 from tossup.autotune.pruning import Survey, survey
 from tossup.autotune.tune import list_survivors
 from tossup.autotune.workloads import build
-workload = build("linear", dict(batch=1, seqlen=512, in_features=512, out_features=512, active=1))
+workload = build("linear", dict(batch=1, seqlen=256, in_features=256, out_features=256, active=1))
 surveys = [survey(workload, "wgrad", "linear.weight_gradient", 90, c) for c in {configs}]
 lines = []
 def prune(workload, direction, kernel, found):
     return iter([Survey(found[0], None, 40, 0, 5, 2), Survey(found[1], "spills")])
 list_survivors(workload, 90, prune, lines.append)
-print(json.dumps(dict(pruned=[s.pruned for s in surveys], lines=lines)))
+tuned = inspect_case(len(CASES), 90, "some_gpu")
+print(json.dumps(dict(pruned=[s.pruned for s in surveys], lines=lines, tuned=tuned)))
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
+    folder = tmp_path_factory.mktemp("configs")
+    (folder / "some_gpu.json").write_text(written("Some GPU", [TUNED]))
+    environment |= {"PYTHONPATH": str(ROOT), "TOSSUP_CONFIGS": str(folder)}
     ran = subprocess.run(
         [sys.executable, "-c", program], env=environment, text=True, capture_output=True
     )
@@ -108,3 +127,15 @@ def test_a_list_has_every_kernel_of_a_workload_in_each_form(compiled):
     last = compiled["lines"][1]
     assert last.endswith(": 40 registers, 5 bytes of shared memory, 2 programs at once")
     assert last.startswith("  rows=64 columns=64 inner=")
+
+
+def test_inspection_follows_a_gpus_file_in_what_it_was_tuned_for(compiled):
+    reports = compiled["tuned"]
+    assert [name.rpartition(": ")[2] for name in reports] == [
+        "linear_kernel", "linear_kernel (2)", "weight_gradient_kernel",
+    ]  # fmt: skip
+    name, report = [*reports.items()][-1]
+    assert name.startswith(f"linear, {TUNED.workload}, sm_90: ")
+    # 4 stages of a tile of each operand, (64 + 128) × 64 in 16 bits
+    assert report["warps"] == 4 and report["shared"] == 4 * (64 + 128) * 64 * 2
+    assert next(iter(reports.values()))["shared"] != report["shared"]

@@ -202,14 +202,14 @@ OTHERS = {
 @only_triton
 @pytest.mark.parametrize("op", OTHERS)
 def test_kernels_ask_and_other_configurations_give_the_same_results(op, impl):
-    x = torch.linspace(-1, 1, 3 * 40 * 32).view(3, 40, 32).sin()
-    route = route_of(2, 0, batch=3)
+    x = torch.linspace(-1, 1, 2 * 36 * 32).view(2, 36, 32).sin()
+    route = route_of(1, batch=2)
 
     def run():
         mine = x.clone().requires_grad_()
-        out = op(mine, route=route, impl=impl)[[0, 2]]
+        out = op(mine, route=route, impl=impl)[[1]]
         (gradient,) = torch.autograd.grad(out.square().sum(), mine)
-        return out.detach(), gradient[[0, 2]]
+        return out.detach(), gradient[[1]]
 
     with configs.asked() as keys:
         expected = run()
@@ -221,12 +221,6 @@ def test_kernels_ask_and_other_configurations_give_the_same_results(op, impl):
             stack.enter_context(configs.forced(kernel, config))
         for ours, theirs in zip(run(), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    for kernel in OTHERS[op]:
-        with (
-            configs.forced(kernel, {"SIZE": 1}),
-            pytest.raises(ValueError, match=f"{kernel} takes"),
-        ):
-            run()
 
 
 @only_triton
