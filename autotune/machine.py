@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -43,11 +42,6 @@ def name_of(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def slug(name: str) -> str:
-    """A device's name as that of a folder: nvidia_h200."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def version_of(package: str) -> str | None:

@@ -4,7 +4,7 @@
 #
 #     bench/device.sh [OUTPUT [PART …]]        OUTPUT is device/ by default, all parts are run
 #
-# Parts: kernels graph races dispatch sanitizer gate. PEERS names a folder with the source
+# Parts: kernels graph races dispatch sanitizer gate; and tune, which is run where it is named. PEERS names a folder with the source
 # distributions of mamba-ssm and causal-conv1d (bench/peers.py), which are built while tests run;
 # BASE names the revision, or the folder, that the gate compares with (HEAD~1 by default). MINUTES is
 # the limit of all. Where git does not reach, TOSSUP_COMMIT says in records what was measured.
@@ -72,7 +72,12 @@ for part in $PARTS; do
 		fi
 		run races 270 python3 -m bench.record --device cuda --seconds 0.3 --limit 120 --output "$OUT/results"
 		;;
-	dispatch) run dispatch 60 python3 bench/dispatch.py --output "$OUT/dispatch.json" ;;
+	dispatch)
+		run dispatch 60 python3 bench/dispatch.py --output "$OUT/dispatch.json"
+		run dispatch-samples 60 python3 bench/dispatch.py --per-sample --output "$OUT/dispatch-samples.json"
+		;;
+	# Killed, it goes on where it was: OUTPUT/configs.json goes to kernels/configs/<gpu>.json
+	tune) run tune 500 python3 -m tossup.supernet tune --output "$OUT/configs.json" ;;
 	sanitizer)
 		for tool in memcheck racecheck initcheck; do
 			run "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 bench/sanitize.py

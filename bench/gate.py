@@ -30,11 +30,12 @@ import triton
 from bench import startup
 from bench.records import RESULTS, newest
 from tossup.autotune.inspection import inspect
-from tossup.autotune.machine import name_of, slug
+from tossup.autotune.machine import name_of
 from tossup.autotune.races import OURS, race
 from tossup.autotune.regression import Verdict, compare_pairs, compare_samples
 from tossup.autotune.resources import changes
 from tossup.autotune.workloads import Workload, shipped
+from tossup.kernels.configs import slug
 from tossup.supernet.benchmark import parse
 from tossup.supernet.errors import ConfigError
 

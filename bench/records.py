@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from tossup.autotune.machine import describe, slug
+from tossup.autotune.machine import describe
+from tossup.kernels.configs import slug
 from tossup.supernet.files import write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results"

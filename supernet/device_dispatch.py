@@ -58,8 +58,8 @@ def check_routed(name: str, mixer: nn.Module) -> None:
     kind = type(mixer)
     if not isinstance(mixer, RoutedMixer):
         raise ValueError(
-            "dispatch='device' takes mixers that follow a route, tossup.Attention and "
-            f"tossup.Mamba, got {kind.__name__} for {name}"
+            "dispatch='device' takes mixers that follow a route, those of tossup.supernet.mixers, "
+            f"got {kind.__name__} for {name}"
         )
     if definer(kind, "forward") is not definer(kind, "routed_forward"):
         raise ValueError(
