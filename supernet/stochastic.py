@@ -75,10 +75,10 @@ class StochasticMixer(nn.Module):
     router: where the table comes from in training unless forward is given one.
     main_mixer_name: the mixer of evaluation; defaults to the first.
     dispatch: device, host or dense. With device, mixers are those of `tossup.supernet.mixers`;
-        while they follow a table they take no padding, packed sequences or cache, are not called, so that
-        their hooks do not run, and find their gradients written to `.grad` by the backward pass,
-        `torch.autograd.grad`'s too. Activation memory is the largest mixer's. `forget_gradients`
-        replaces clearing gradients.
+        while they follow a table they take no padding, packed sequences or cache, are not called,
+        so that their hooks do not run, and find their gradients written to `.grad` by the backward
+        pass, `torch.autograd.grad`'s too. Activation memory is the largest mixer's.
+        `forget_gradients` replaces clearing gradients.
     streams: whether device dispatch launches each mixer on a CUDA stream of its own, so that mixers
         of different samples overlap.
     num_outputs: 1 returns a tensor; 2 returns (out, None) as attention in transformers does; 3
