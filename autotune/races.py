@@ -103,13 +103,18 @@ def check(
     for name, calls in peers.items():
         try:
             wrong = prepared.wrong(calls[direction]())
-        except RuntimeError as error:
-            wrong = f"raises {str(error).strip().partition(chr(10))[0]}"
+        except Exception as error:  # of any library: what it refuses is its reason
+            wrong = f"raises {said(error)}"
         if wrong:
             excluded[name] = wrong
         else:
             entrants[name] = calls
     return entrants, excluded
+
+
+def said(error: Exception) -> str:
+    """An error's first line; its kind where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def record_of(

@@ -113,13 +113,14 @@ class GpuStopwatch:
         with self.here():
             for _ in range(3):  # compiles what is compiled at the first call
                 call()
-        repeats = self.repeats(call) if warm else 1
+        repeats, before = self.repeats(call) if warm else 1, self.cuda.current_stream()
         try:
             graph = self.cuda.CUDAGraph()
             with self.cuda.graph(graph, stream=self.stream):
                 for _ in range(repeats):
                     call()
         except RuntimeError as error:
+            self.cuda.set_stream(before)  # a capture that ends in an error leaves another
             self.cuda.synchronize()
             reason = str(error).partition("\n")[0]
             return self.run(repeated(call, repeats), repeats, warm, f"calls, not a graph: {reason}")

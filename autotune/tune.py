@@ -212,7 +212,7 @@ def fault(call: Callable[[], Results], prepared: Prepared) -> str | None:
     try:
         with poisoned_memory():
             results = call()
-    except TritonError as error:  # more shared memory than there is, or code that ptxas refuses
+    except (TritonError, RuntimeError) as error:  # code that ptxas or the driver refuses
         return f"it does not run: {str(error).splitlines()[0]}"
     sentence = prepared.wrong(results)
     for result in results.values():

@@ -2,24 +2,35 @@
 # On a machine with an NVIDIA GPU, in one call of at most nine minutes: is every kernel right there,
 # and clean, and how fast is it beside its peers?
 #
-#     bench/device.sh [OUTPUT [PART …]]        OUTPUT is device/ by default, all parts are run
+#     bench/device.sh [OUTPUT [PART …]]        OUTPUT is $OUT or device/ by default
 #
-# Parts: kernels graph races dispatch sanitizer gate; and tune, which is run where it is named. PEERS names a folder with the source
-# distributions of mamba-ssm and causal-conv1d (bench/peers.py), which are built while tests run;
-# BASE names the revision, or the folder, that the gate compares with (HEAD~1 by default). MINUTES is
-# the limit of all. Where git does not reach, TOSSUP_COMMIT says in records what was measured.
-# Each part has its own; logs and JSON go to OUTPUT, and summary.json says how each part ended: one
+# Parts: kernels graph sanitizer races dispatch gate, and tune, which must be named. All of them want
+# more than nine minutes (MINUTES is the limit): "kernels graph sanitizer" are one call, "races
+# dispatch gate" another, "tune" a third. PEERS names a folder with the source distributions of
+# mamba-ssm and causal-conv1d (bench/peers.py), which are built while other parts run. BASE names the
+# revision, or the folder, that the gate compares with; where git does not reach, TOSSUP_COMMIT says
+# in records what was measured.
+# OUTPUT gets device.tgz with all logs and JSON, and summary.json, which says how each part ended: one
 # that found no time is for another call.
-# Needs torch with CUDA, and the packages of setup.py's dev extra that the tests import.
+# Needs torch with CUDA, and the packages of setup.py's dev extra.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-OUT=$(realpath -m "${1:-device}")
+OUTPUT=$(realpath -m "${1:-${OUT:-device}}")
 PARTS=${*:2}
-: "${PARTS:=kernels graph races dispatch sanitizer gate}"
+: "${PARTS:=kernels graph sanitizer races dispatch gate}"
 DEADLINE=$((SECONDS + ${MINUTES:-9} * 60))
-mkdir -p "$OUT"
+LOGS=$PWD/build/device PEERS_BUILT=$PWD/build/peers
+rm -rf "$LOGS"
+mkdir -p "$OUTPUT" "$LOGS" "$PEERS_BUILT"
+export PYTHONPATH="$PWD:$PEERS_BUILT${PYTHONPATH:+:$PYTHONPATH}"
 ENDED=()
+
+pack() { # after each part, as the machine may go before the last
+	printf '{\n%s\n}\n' "$(IFS=$'\n'; sed 's/$/,/; $s/,$//' <<<"${ENDED[*]}")" >"$LOGS/summary.json"
+	cp "$LOGS/summary.json" "$OUTPUT/.summary.json" && mv "$OUTPUT/.summary.json" "$OUTPUT/summary.json"
+	tar czf "$OUTPUT/.device.tgz" -C "$LOGS" . && mv "$OUTPUT/.device.tgz" "$OUTPUT/device.tgz"
+}
 
 run() { # run NAME SECONDS COMMAND …: its output goes to NAME.log, and its end to the screen
 	local name=$1 seconds=$2 start=$SECONDS left=$((DEADLINE - SECONDS)) code
@@ -30,66 +41,84 @@ run() { # run NAME SECONDS COMMAND …: its output goes to NAME.log, and its end
 		return
 	fi
 	echo "== $name (at most $seconds s)"
-	timeout --kill-after 5 "$seconds" "$@" >"$OUT/$name.log" 2>&1
+	# interrupted, pytest still says what failed, and the gate takes its worktree away
+	timeout --signal=INT --kill-after 15 "$seconds" "$@" >"$LOGS/$name.log" 2>&1
 	code=$?
 	case $code in
 	0) ENDED+=("\"$name\": \"passed in $((SECONDS - start)) s\"") ;;
 	124 | 137) ENDED+=("\"$name\": \"stopped after $seconds s\"") ;;
 	*) ENDED+=("\"$name\": \"failed with $code after $((SECONDS - start)) s\"") ;;
 	esac
-	tail -n 15 "$OUT/$name.log"
+	tail -n 15 "$LOGS/$name.log"
+	pack
 }
 
-python3 - <<'PYTHON' | tee "$OUT/machine.txt"
+python3 - <<'PYTHON' | tee "$LOGS/machine.txt"
+from importlib.util import find_spec
+
 import torch, triton
 
 if not torch.cuda.is_available():
     raise SystemExit("torch sees no GPU")
+needed = "numba pydantic yaml safetensors tqdm pytest xdist hypothesis einops transformers mamba_ssm"
+missing = [name for name in needed.split() if find_spec(name) is None]
+if missing:
+    raise SystemExit(f"these packages are not installed: {', '.join(missing)}")
 capability = "".join(map(str, torch.cuda.get_device_capability()))
 print(f"{torch.cuda.get_device_name()}, sm_{capability}, torch {torch.__version__}, triton {triton.__version__}")
 PYTHON
 [ "${PIPESTATUS[0]}" = 0 ] || exit 1
 nvidia-smi --query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu --format=csv |
-	tee -a "$OUT/machine.txt"
+	tee -a "$LOGS/machine.txt"
 
 BUILD=
 if [ -n "${PEERS:-}" ]; then
-	timeout 480 python3 -m bench.peers "$PEERS" "$OUT/peers" >"$OUT/peers.log" 2>&1 &
+	timeout 480 python3 -m bench.peers "$PEERS" "$PEERS_BUILT" >"$LOGS/peers.log" 2>&1 &
 	BUILD=$!
-	export PYTHONPATH="$OUT/peers${PYTHONPATH:+:$PYTHONPATH}"
 fi
 
 for part in $PARTS; do
 	case $part in
-	# Tests of Triton put their tensors on the GPU; the others run on the CPU.
-	kernels) run kernels 180 python3 -m pytest -q --durations 20 tests/kernels ;;
+	# Tests of Triton put their tensors on the GPU; the others run on the CPU. Most of the time is
+	# compilation, which processes share out.
+	kernels) run kernels 240 python3 -m pytest -q -n 12 --dist worksteal --durations 20 tests/kernels ;;
 	# A captured step, and that nothing in one waits for the device
-	graph) run graph 60 python3 -m pytest -q tests/supernet/test_graphed_step.py tests/supernet/test_no_host_reads.py ;;
+	graph) run graph 150 python3 -m pytest -q tests/supernet/test_graphed_step.py tests/supernet/test_no_host_reads.py ;;
 	races)
 		if [ -n "$BUILD" ]; then # nothing else may run beside a race
-			timeout 120 tail --pid="$BUILD" -f /dev/null || kill "$BUILD"
-			tail -n 3 "$OUT/peers.log"
+			timeout $((DEADLINE - SECONDS > 330 ? DEADLINE - SECONDS - 300 : 30)) tail --pid="$BUILD" -f /dev/null || kill "$BUILD"
+			tail -n 3 "$LOGS/peers.log"
 		fi
-		run races 270 python3 -m bench.record --device cuda --seconds 0.3 --limit 120 --output "$OUT/results"
+		run races 300 python3 -m bench.record --device cuda --seconds 0.3 --limit 72 --output "$LOGS/results"
 		;;
 	dispatch)
-		run dispatch 60 python3 bench/dispatch.py --output "$OUT/dispatch.json"
-		run dispatch-samples 60 python3 bench/dispatch.py --per-sample --output "$OUT/dispatch-samples.json"
+		run dispatch 150 python3 bench/dispatch.py --output "$LOGS/dispatch.json"
+		run dispatch-samples 100 python3 bench/dispatch.py --per-sample --output "$LOGS/dispatch-samples.json"
 		;;
-	# Killed, it goes on where it was: OUTPUT/configs.json goes to kernels/configs/<gpu>.json
-	tune) run tune 500 python3 -m tossup.supernet tune --output "$OUT/configs.json" ;;
 	sanitizer)
+		run sanitizer-none 60 python3 bench/sanitize.py # compiles, outside the tools
+		# Out of the caching allocator, so that what lies behind a tensor is not another one
 		for tool in memcheck racecheck initcheck; do
-			run "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 bench/sanitize.py
+			PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$tool" 90 \
+				compute-sanitizer --tool "$tool" --error-exitcode 1 python3 bench/sanitize.py
 		done
 		;;
-	gate) run gate 90 python3 -m bench.gate --base "${BASE:-HEAD~1}" --device cuda --rounds 3 ;;
+	gate)
+		if [ -n "${BASE:-}" ]; then
+			run gate 200 python3 -m bench.gate --base "$BASE" --device cuda --rounds 3
+		else
+			ENDED+=('"gate": "no BASE was named"')
+		fi
+		;;
+	tune) # killed, it goes on where it was; the file is for kernels/configs/
+		run tune 500 python3 -m tossup.supernet tune --output build/configs.json
+		cp build/configs.json "$LOGS"
+		;;
 	*) ENDED+=("\"$part\": \"is no part\"") ;;
 	esac
 done
 
 [ -n "$BUILD" ] && kill "$BUILD" 2>/dev/null
-printf '{\n%s\n}\n' "$(IFS=$'\n'; sed 's/$/,/; $s/,$//' <<<"${ENDED[*]}")" >"$OUT/summary.json.part"
-mv "$OUT/summary.json.part" "$OUT/summary.json"
-cat "$OUT/summary.json"
-! grep -qE 'failed|stopped|no part|no time' "$OUT/summary.json"
+pack
+cat "$OUTPUT/summary.json"
+! grep -qE 'failed|stopped|no part|no time' "$OUTPUT/summary.json"

@@ -19,7 +19,9 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 
 import tossup
 from tossup.autotune.timing import Timing
+from tossup.supernet.files import write_atomically
 from tossup.supernet.graphed_step import GraphedStep
 from tossup.supernet.mixers import Attention, Mamba
 from tossup.supernet.optimizer import clip_grad_norm
@@ -98,8 +101,9 @@ class Step:
         self.placement = torch.randint(2, (options.layers,)).tolist()
         mixers = 1 if way == "static" else 2
         self.strategy = tossup.Strategy(mixers=mixers, per_sample=options.per_sample)
-        stack = Stack(options.layers, options.hidden, way, self.placement)
-        self.stack = stack.to(self.device, torch.bfloat16)
+        with self.device:
+            stack = Stack(options.layers, options.hidden, way, self.placement)
+        self.stack = stack.to(torch.bfloat16)
         groups = tossup.parameter_groups(self.stack)
         self.optimizer = tossup.GatedAdamW(groups, lr=torch.tensor(1e-4, device=self.device))
         shape = options.batch, options.seqlen, options.hidden
@@ -142,11 +146,11 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, object]:
     run: Callable[[], None] = step
     if way in GRAPHS and on_gpu:
         run = GraphedStep(step)
+    if on_gpu:  # a replay allocates nothing: what it needs is seen where it is captured
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(WARMUP):
         run()
     wait()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
@@ -198,12 +202,12 @@ def main() -> None:
         "ways": [],
     }
     for way in options.ways:
-        record["ways"].append(measure(way, options))
+        # in a process of its own: no way meets memory, or a profiler, that another left
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            record["ways"].append(pool.submit(measure, way, options).result())
         print(json.dumps(record["ways"][-1]), flush=True)
-    if options.output is not None:
-        part = options.output.with_suffix(".part")
-        part.write_text(json.dumps(record, indent=1) + "\n")
-        part.rename(options.output)
+        if options.output is not None:
+            write_atomically(options.output, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,9 @@ def build(name: str, sdists: Path, output: Path) -> str:
             extra_include_paths=[str(sources[0].parent)], build_directory=str(folder),
         )  # fmt: skip
     except (NotBuilt, RuntimeError, OSError, ImportError) as error:
-        return f"not built: {str(error).strip().splitlines()[0]}"
+        lines = str(error).strip().splitlines()
+        print(*lines, sep="\n", file=sys.stderr)
+        return f"not built: {next((line for line in lines if 'error:' in line), lines[0])}"
     built = Path(module.__file__)
     shutil.copy(built, output / f".{built.name}")
     (output / f".{built.name}").rename(output / built.name)

@@ -18,7 +18,7 @@ import torch
 
 from bench import startup
 from bench.records import RESULTS, new_record, write_record
-from tossup.autotune.races import Race, WrongResult, table
+from tossup.autotune.races import Race, said, table
 from tossup.autotune.workloads import OPS, shipped
 
 
@@ -26,13 +26,13 @@ def race_op(op: str, device: torch.device, seconds: float) -> Iterator[dict[str,
     for workload in shipped(device.type):
         if workload.op != op:
             continue
-        race = Race(workload, device, seconds)
+        race = None
         for direction in workload.directions:
             try:
+                race = race or Race(workload, device, seconds)
                 yield race.run(direction)
-            except (WrongResult, RuntimeError) as error:
-                reason = str(error).strip().partition("\n")[0]
-                yield {"workload": workload.name, "direction": direction, "failed": reason}
+            except Exception as error:  # of any library: the record tells, and the others go on
+                yield {"workload": workload.name, "direction": direction, "failed": said(error)}
 
 
 def in_process(op: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -75,11 +75,14 @@ def main() -> int:
                 print(json.dumps(result), file=file, flush=True)
                 print(table([result]), flush=True)
         return 0
-    races = [result for op in options.op for result in in_process(op, options)]
+    races: list[dict[str, Any]] = []
     record = new_record(device, races)
     if device.type == "cpu":
         record["start"] = startup.measure()
-    print(write_record(record, options.output))
+    for op in options.op:
+        races += in_process(op, options)
+        path = write_record(record, options.output)  # after each op, lest the next lose them all
+    print(path)
     failed = [r for r in races if "failed" in r]
     return 1 if failed else 0
 

@@ -9,12 +9,17 @@ from .errors import ConfigError
 
 
 def device_of(name: str, key: str = "training.device") -> torch.device:
-    """The device that a key names.
+    """The device that a key names, made the current one; of several GPUs the first, or under
+    torchrun the rank's own.
 
     Raises ConfigError where this machine has no such device, or the mixers have no backend for it.
     """
     try:
         device = torch.device(name)
+        if device.type == "cuda":
+            own = int(os.environ.get("LOCAL_RANK", "0"))
+            device = torch.device("cuda", own if device.index is None else device.index)
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()  # some devices can be named, and hold no data
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ConfigError(

@@ -26,7 +26,10 @@ class Ranks:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         if self.count > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            if device.type == "cuda":
+                dist.init_process_group("nccl", device_id=device)
+            else:
+                dist.init_process_group("gloo")
 
     @property
     def first(self) -> bool:
@@ -61,12 +64,3 @@ class Ranks:
         """Until every rank is here."""
         if self.count > 1:
             dist.barrier()
-
-
-def local_device(device: torch.device) -> torch.device:
-    """A rank's own device: torchrun's LOCAL_RANK numbers those of a machine."""
-    local = os.environ.get("LOCAL_RANK")
-    if device.type == "cuda" and device.index is None and local is not None:
-        torch.cuda.set_device(int(local))
-        return torch.device("cuda", int(local))
-    return device

@@ -30,7 +30,7 @@ from .graphed_step import GraphedStep
 from .metrics import Mean
 from .model import SupernetModel, language_model_losses
 from .optimizer import GatedAdamW, clip_grad_norm, parameter_groups
-from .ranks import Ranks, local_device
+from .ranks import Ranks
 from .report import Report
 from .run_folder import (
     check_same_run,
@@ -52,7 +52,7 @@ def train(config: RunConfig) -> Path:
     Raises ConfigError where the output folder holds a run of another configuration, another process
     is training there, or the loss is no longer finite.
     """
-    ranks = Ranks(local_device(device_of(config.training.device)))
+    ranks = Ranks(device_of(config.training.device))
     with locked(config.output) if ranks.first else nullcontext():
         if ranks.first:
             check_same_run(config)
@@ -73,7 +73,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, ranks: Ranks | None = None):
         self.config, self.options = config, config.training
-        self.device = local_device(device_of(self.options.device))
+        self.device = device_of(self.options.device)
         self.ranks = Ranks(self.device) if ranks is None else ranks
         torch.manual_seed(config.seed)
         self.model = SupernetModel(config.model, self.options.dispatch).to(self.device)
@@ -88,7 +88,7 @@ class Trainer:
         self.inputs = Inputs(self.device)
         self.update = self.run_step
         if self.options.graph:
-            self.update = graphed(self.run_step, self.device)
+            self.update = graphed(self.run_step, self.device, self.ranks)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.inputs.rate
 
@@ -283,11 +283,11 @@ class Inputs:
         self.step.fill_(step)
 
 
-def graphed(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+def graphed(step: Callable[[], None], device: torch.device, ranks: Ranks) -> Callable[[], None]:
     """The step, to be captured. Raises ConfigError where the device captures nothing."""
     if device.type != "cuda":
         raise ConfigError(f"training.graph takes training.device cuda, got {device}")
-    return GraphedStep(step)
+    return GraphedStep(step, other_threads=ranks.count > 1)  # NCCL's watchdog is one
 
 
 def forget_gradients(model: SupernetModel, optimizer: GatedAdamW) -> None:

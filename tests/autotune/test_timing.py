@@ -55,6 +55,12 @@ class FakeCuda:
         assert stream == "stream"
         yield
 
+    def current_stream(self):
+        return "default"
+
+    def set_stream(self, stream):
+        self.log.append(f"to {stream}")
+
     def synchronize(self):
         self.log.append("synchronize")
 
