@@ -28,8 +28,9 @@ class Latency(BaseModel):
 class LatencyTable(BaseModel):
     """Every mixer of a model, by name, at one shape on one device.
 
-    source: measured, or a roofline. batch: samples, all of which take the mixer. dtype: of weights
-    and activations. versions: of what was measured.
+    source: measured, or a roofline. model: what the mixers are, hidden_size and their
+    configurations. batch: samples, all of which take the mixer. dtype: of weights and activations.
+    versions: of what was measured.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +38,7 @@ class LatencyTable(BaseModel):
     unit: Literal["milliseconds"] = "milliseconds"
     source: Literal["measured", "roofline"]
     device: str
+    model: dict[str, Any]
     batch: int
     seqlen: int
     dtype: str

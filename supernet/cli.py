@@ -26,9 +26,12 @@ from .loader import describe, load_config, read_values
 
 def train(path: Path | None, overrides: Sequence[str]) -> None:
     """train the supernet that CONFIG describes, or go on training it"""
+    from .ranks import rank
     from .train import train as run_training
 
-    print(run_training(load_config(path, overrides, RunConfig)))
+    folder = run_training(load_config(path, overrides, RunConfig))
+    if rank() == 0:
+        print(folder)
 
 
 def search(path: Path | None, overrides: Sequence[str]) -> None:

@@ -417,7 +417,9 @@ class LatencyConfig(RunConfig):
     measured: tuple[Path, ...] = Field(
         (), description="tables measured on that GPU, which calibrate the roofline"
     )
-    table: Path | None = Field(None, description="the file; defaults to output/latency.json")
+    table: Path | None = Field(
+        None, description="the file; defaults to latency.json, or roofline.json, in output"
+    )
 
     @model_validator(mode="after")
     def a_roofline_is_calibrated(self) -> "LatencyConfig":

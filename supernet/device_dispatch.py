@@ -61,11 +61,16 @@ def check_routed(name: str, mixer: nn.Module) -> None:
             "dispatch='device' takes mixers that follow a route, those of tossup.supernet.mixers, "
             f"got {kind.__name__} for {name}"
         )
-    if definer(kind, "forward") is not definer(kind, "routed_forward"):
+    if "routed_forward" not in vars(kind):  # nor what a subclass changed besides
         raise ValueError(
-            f"dispatch='device' calls no forward, but {kind.__name__}, {name}, has one of its own"
+            f"dispatch='device' takes classes with a routed_forward of their own, got "
+            f"{kind.__name__} for {name}"
         )
     for path, module in mixer.named_modules(prefix=name):
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+            raise ValueError(
+                f"dispatch='device' calls no module, so none may be hooked or patched: {path} is"
+            )
         if module is not mixer and type(module) not in PLAIN:
             raise ValueError(
                 "dispatch='device' takes mixers made of Linear and Conv1d as they come from torch,"
@@ -75,11 +80,6 @@ def check_routed(name: str, mixer: nn.Module) -> None:
     for path, parameter in mixer.named_parameters(prefix=name):
         if id(parameter) not in known:
             raise ValueError(f"dispatch='device' would ignore {path}: {kind.__name__} has no such")
-
-
-def definer(kind: type, method: str) -> type | None:
-    """The class from which `kind` has a method; None where an instance has it from elsewhere."""
-    return next((base for base in kind.__mro__ if method in vars(base)), None)
 
 
 @dataclass(frozen=True)
@@ -202,13 +202,21 @@ class DeviceDispatch(torch.autograd.Function):
         out = x.new_empty(x.shape)
         for mixer, run in runs(ctx, slots, count, samples):
             mixer.routed_forward(run, x, out)
-        ctx.save_for_backward(x, slots, count, samples)
+        # the parameters too, so that autograd finds out who changes them before the backward pass
+        ctx.save_for_backward(x, slots, count, samples, *parameters)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, slots, count, samples = ctx.saved_tensors
+        x, slots, count, samples, *parameters = ctx.saved_tensors
+        for mixer in ctx.mixers:
+            for own in mixer.parameters():
+                if not any(own is parameter for parameter in parameters):
+                    raise RuntimeError(
+                        "a mixer's parameter was exchanged between its forward and its backward "
+                        "pass, as torch.func.functional_call does: dispatch='device' takes none"
+                    )
         dx = x.new_empty(x.shape)
         for mixer, run in runs(ctx, slots, count, samples):
             mixer.routed_backward(run, dout, x, dx)

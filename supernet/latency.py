@@ -1,6 +1,7 @@
 """`tossup latency`: how long each mixer of a model takes, measured or by a roofline; and what a
 search's placements cost by such a table."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..autotune.machine import name_of
 from ..autotune.peaks import PEAKS, Peak
 from ..autotune.roofline import estimate, floor_of
 from ..autotune.timing import CpuStopwatch, GpuStopwatch
-from .config import LatencyConfig
+from .config import LatencyConfig, ModelConfig
 from .devices import device_of
 from .errors import ConfigError
 from .files import write_atomically
@@ -27,7 +28,8 @@ SHORT = {"float32": "fp32", "bfloat16": "bf16"}  # dtypes, as workloads name the
 def write_latencies(config: LatencyConfig) -> tuple[Path, LatencyTable]:
     """Raises ConfigError where a GPU's peaks are not known, or tables do not go together."""
     table = measured(config) if config.gpu is None else roofline(config, config.gpu)
-    path = config.table or config.output / "latency.json"
+    name = "latency.json" if config.gpu is None else "roofline.json"
+    path = config.table or config.output / name
     write_atomically(path, table.text())
     return path, table
 
@@ -54,7 +56,7 @@ def roofline(config: LatencyConfig, gpu: str) -> LatencyTable:
                 f"measured takes tables measured on {shell.setting}; "
                 f"{path} is {table.source}: {table.setting}"
             )
-        check_mixers(table, list(config.model.mixers), f"measured: {path}")
+        check_model(table, config.model, f"measured: {path}")
         tables.append(table)
     mixers = mixers_of(config)
 
@@ -81,7 +83,7 @@ def table_of(
 ) -> LatencyTable:  # fmt: skip
     batch, seqlen = shape_of(config)
     return LatencyTable(
-        source=source, device=device, batch=batch, seqlen=seqlen,
+        source=source, device=device, model=described(config.model), batch=batch, seqlen=seqlen,
         dtype=config.dtype or config.training.dtype, direction=config.direction,
         versions=versions, mixers=mixers,
     )  # fmt: skip
@@ -115,7 +117,8 @@ def call_of(config: LatencyConfig, mixer: Any, device: torch.device) -> Callable
 
 
 def cost_of(table: LatencyTable, placement: Placement) -> float:
-    return sum(table.mixers[name].milliseconds for name in placement)
+    """The same in any order of the layers."""
+    return math.fsum(table.mixers[name].milliseconds for name in placement)
 
 
 def read(path: Path, key: str) -> LatencyTable:
@@ -127,7 +130,17 @@ def read(path: Path, key: str) -> LatencyTable:
         raise ConfigError(f"{key}: {error}") from error
 
 
-def check_mixers(table: LatencyTable, names: list[str], where: str) -> None:
-    missing = [name for name in names if name not in table.mixers]
-    if missing:
-        raise ConfigError(f"{where} takes a latency for each of {names}, and lacks {missing[0]}")
+def described(model: ModelConfig) -> dict[str, Any]:
+    mixers = {name: mixer.model_dump(mode="json") for name, mixer in model.mixers.items()}
+    return {"hidden_size": model.hidden_size, **mixers}
+
+
+def check_model(table: LatencyTable, model: ModelConfig, where: str) -> None:
+    """Raises ConfigError unless the table is of this model's mixers; it may hold others as well."""
+    for name, wanted in described(model).items():
+        if table.model.get(name) != wanted:
+            raise ConfigError(
+                f"{where} takes a table of {name} {wanted}, got {table.model.get(name)}"
+            )
+        if name != "hidden_size" and name not in table.mixers:
+            raise ConfigError(f"{where} takes a latency of {name}, and lacks it")

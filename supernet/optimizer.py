@@ -163,20 +163,25 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[Group]
 
 
 def check_written_once(model: nn.Module) -> None:
-    written = {
-        parameter
-        for module in model.modules()
-        if isinstance(module, StochasticMixer) and module.dispatch == "device"
-        for parameter in module.mixers.parameters()
-    }
-    paths: dict[Tensor, str] = {}
+    owners: dict[Tensor, StochasticMixer] = {}
+    places: list[str] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, StochasticMixer) and module.dispatch == "device":
+            places.append(f"{path}." if path else "")
+            for parameter in module.mixers.parameters():
+                if owners.setdefault(parameter, module) is not module and parameter.requires_grad:
+                    raise shared(owners[parameter].layer, path)
     for path, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter in written and parameter in paths:
-            raise ValueError(
-                "dispatch='device' takes mixers that share no parameter, but "
-                f"{paths[parameter]} and {path} are the same"
-            )
-        paths[parameter] = path
+        inside = any(path.startswith(place) for place in places)
+        if parameter in owners and parameter.requires_grad and not inside:
+            raise shared(owners[parameter].layer, path)
+
+
+def shared(layer: int, path: str) -> ValueError:
+    return ValueError(
+        "dispatch='device' takes mixers that share no parameter that trains, but one of layer "
+        f"{layer} is also in {path}"
+    )
 
 
 def clip_grad_norm(

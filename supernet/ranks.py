@@ -24,7 +24,7 @@ class Ranks:
 
     def __init__(self, device: torch.device):
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0"))
+        self.rank = rank()
         if self.count > 1 and not dist.is_initialized():
             if device.type == "cuda":
                 dist.init_process_group("nccl", device_id=device)
@@ -64,3 +64,8 @@ class Ranks:
         """Until every rank is here."""
         if self.count > 1:
             dist.barrier()
+
+
+def rank() -> int:
+    """This process's number among torchrun's; 0 where it is alone."""
+    return int(os.environ.get("RANK", "0"))

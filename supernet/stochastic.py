@@ -78,7 +78,8 @@ class StochasticMixer(nn.Module):
         while they follow a table they take no padding, packed sequences or cache, are not called,
         so that their hooks do not run, and find their gradients written to `.grad` by the backward
         pass, `torch.autograd.grad`'s too. Activation memory is the largest mixer's.
-        `forget_gradients` replaces clearing gradients.
+        `forget_gradients` replaces clearing gradients; it is for passes that follow a table, while
+        an evaluation's gradients are always added.
     streams: whether device dispatch launches each mixer on a CUDA stream of its own, so that mixers
         of different samples overlap.
     num_outputs: 1 returns a tensor; 2 returns (out, None) as attention in transformers does; 3
@@ -132,9 +133,9 @@ class StochasticMixer(nn.Module):
         self.batched_kwargs = BATCHED_KWARGS | batched_kwargs
         if dispatch == "device":
             self._check_routed()
-        # int32, per mixer, on the device once there is one: above 0 its gradients are added to, as
-        # is right for what autograd or an optimizer left there; at 0 they are overwritten.
-        self.written: Tensor | None = None
+        # int32, per mixer, on the device, made of this number when there is one: above 0 gradients
+        # are added to, as is right for what autograd or an optimizer left; at 0 overwritten.
+        self.written: Tensor | int = 1
 
     def forget_gradients(self) -> None:
         """Let the next backward pass overwrite the mixers' gradients, whatever they hold.
@@ -142,8 +143,10 @@ class StochasticMixer(nn.Module):
         For device dispatch, in place of clearing them: memory that no mixer writes stays as it is,
         so only an optimizer that knows which mixers were used may read it.
         """
-        if self.written is not None:
+        if isinstance(self.written, Tensor):
             self.written.zero_()
+        else:
+            self.written = 0
 
     def forward(
         self,
@@ -201,8 +204,9 @@ class StochasticMixer(nn.Module):
     def _device(self, call: "Call", table: MixerTable) -> Tensor:
         self._check_routed()  # again, as modules may have been exchanged
         x = call.hidden_states
+        named = set().union(*(named_kwargs(mixer) for mixer in self.mixers.values()))
         for key, value in call.kwargs.items():
-            if value is not None and value is not False:
+            if key in named and value is not None and value is not False:
                 raise ValueError(f"dispatch='device' takes no {key} while it follows a table")
         if table.count.device != x.device:
             raise ValueError(
@@ -211,10 +215,11 @@ class StochasticMixer(nn.Module):
             )
         kind = x.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
-        if self.written is None or self.written.device != x.device:
-            with torch.inference_mode(False):  # a later backward pass writes it
-                self.written = torch.ones(len(self.names), dtype=torch.int32, device=x.device)
+            x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
+        with torch.inference_mode(False):  # a later backward pass writes it
+            if not isinstance(self.written, Tensor):
+                self.written = torch.full((len(self.names),), self.written, dtype=torch.int32)
+            self.written = self.written.to(x.device)
         mixers = tuple(self.mixers.values())
         extras = tuple(call.preprocessed_of(name) for name in self.names)
         return DeviceDispatch.apply(
@@ -231,6 +236,11 @@ class StochasticMixer(nn.Module):
     def _host(self, call: "Call", table: MixerTable) -> Tensor:
         counts = table.count[self.layer].tolist()
         batch = len(call.hidden_states)
+        if sum(counts) != batch:
+            raise ValueError(
+                f"the mixer table gives {sum(counts)} of the {batch} samples of layer {self.layer} "
+                "a mixer"
+            )
         if batch in counts:
             return call.run(self.names[counts.index(batch)])
         samples, parts = [], []
@@ -262,6 +272,8 @@ class StochasticMixer(nn.Module):
         for name, mixer in self.mixers.items():
             check_routed(name, mixer)
             for path, parameter in mixer.named_parameters(name, remove_duplicate=False):
+                if not parameter.requires_grad:
+                    continue
                 if owners.setdefault(parameter, path) != path:
                     raise ValueError(
                         "dispatch='device' writes each parameter's gradient once, but "
@@ -355,10 +367,7 @@ def accepted_kwargs(mixer: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     One that takes them all, by **kwargs, gets those that it names and those that say something: it
     may hand them to code that knows neither `losses` nor an absent cache.
     """
-    forward = getattr(mixer, "_orig_mod", mixer).forward  # behind torch.compile's wrapper
-    parameters = inspect.signature(forward).parameters.values()
-    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named, takes_all = named_kwargs(mixer), takes_all_kwargs(mixer)
     silent = {"losses", "metrics"}
     return {
         key: value
@@ -366,3 +375,17 @@ def accepted_kwargs(mixer: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         if key in named
         or (takes_all and key not in silent and value is not None and value is not False)
     }
+
+
+def named_kwargs(mixer: nn.Module) -> set[str]:
+    """The arguments that a mixer's forward names."""
+    parameters = signature_of(mixer).parameters.values()
+    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def takes_all_kwargs(mixer: nn.Module) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in signature_of(mixer).parameters.values())
+
+
+def signature_of(mixer: nn.Module) -> inspect.Signature:
+    return inspect.signature(getattr(mixer, "_orig_mod", mixer).forward)  # behind torch.compile's

@@ -44,6 +44,7 @@ from .run_folder import (
 from .stochastic import StochasticMixer
 
 REPORT = "report."  # before the names of the report's sums, which optimizer.safetensors holds too
+RANKS = "ranks"  # and how many there were
 
 
 def train(config: RunConfig) -> Path:
@@ -62,7 +63,8 @@ def train(config: RunConfig) -> Path:
         if ranks.first:
             write_config(config)
         trainer.run()
-    return latest_checkpoint(config.output)
+        written = latest_checkpoint(config.output) if ranks.first else config.output
+    return ranks.gather(written)[0]
 
 
 class Trainer:
@@ -99,6 +101,11 @@ class Trainer:
             self.load(folders[-1])
         elif self.options.init_from is not None:
             load_into(self.model, self.options.init_from)
+        steps = set(self.ranks.gather(self.step))
+        if len(steps) > 1:
+            raise ConfigError(
+                f"output takes a folder that all ranks share, but they found steps {sorted(steps)}"
+            )
         if self.ranks.first:
             forget_after(self.config.output / "metrics.jsonl", self.step)
 
@@ -235,6 +242,7 @@ class Trainer:
             save_model(self.model, folder)
             sums = {REPORT + name: tensor for name, tensor in self.report.tensors().items()}
             state = optimizer_tensors(self.model, self.optimizer)
+            state[RANKS] = torch.tensor(self.ranks.count)
             save_tensors({**state, **sums}, folder / "optimizer.safetensors")
         for old in list_checkpoints(self.config.output)[: -self.options.keep_checkpoints]:
             shutil.rmtree(old)
@@ -243,6 +251,11 @@ class Trainer:
         """Go back to a checkpoint. Raises ConfigError where it is not whole."""
         copy_tensors(model_tensors(self.model), open_tensors(folder / "model.safetensors"))
         state = open_tensors(folder / "optimizer.safetensors")
+        ranks = int(state.pop(RANKS, torch.tensor(1)))
+        if ranks != self.ranks.count:
+            raise ConfigError(
+                f"{folder} is of a run on {ranks} ranks: go on with as many, got {self.ranks.count}"
+            )
         names = [name for name in state if name.startswith(REPORT)]
         sums = {name.removeprefix(REPORT): state.pop(name) for name in names}
         if self.ranks.first:  # they are all ranks' together

@@ -376,7 +376,7 @@ class GroupedMamba(nn.Module):
         return out
 
     def workloads(self, **shape: Any) -> "list[Workload]":
-        """What a forward pass runs. shape: batch, seqlen and dtype."""
+        """What a forward pass runs, but for the repetition. shape: batch, seqlen and dtype."""
         return scan_mixer_workloads(self, groups=self.d_xb // self.d_state, **shape)
 
     def flops_per_token(self, seqlen: int) -> float:

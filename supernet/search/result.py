@@ -1,8 +1,8 @@
 """The result file: what a search found, as JSON.
 
 It holds every key of the file that Fast-LLM's pull request 373 writes, with the same meaning, and
-more. It depends on the scores alone, with no times and no paths, so that a search that was killed
-and resumed leaves the same bytes as one that was not.
+more. It depends on the scores and on what placements cost alone, and holds no times of its own and
+no paths, so that a search that was killed and resumed leaves the same bytes as one that was not.
 """
 
 import json

@@ -80,10 +80,10 @@ def cost_model(config: SearchConfig, model: SupernetModel, seqlen: int) -> Cost:
     if config.latency_table is None:
         unit = f"forward FLOPs per token, {seqlen} tokens"
         return Cost(lambda placement: model.flops_per_token(seqlen, placement), unit)
-    from ..latency import check_mixers, cost_of, read
+    from ..latency import check_model, cost_of, read
 
     table = read(config.latency_table, "latency_table")
-    check_mixers(table, list(model.mixer_names), f"latency_table: {config.latency_table}")
+    check_model(table, model.config, f"latency_table: {config.latency_table}")
     return Cost(partial(cost_of, table), table.meaning)
 
 

@@ -119,6 +119,26 @@ def test_micro_batches_with_other_tables_add_up(monkeypatch):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_gradients_are_forgotten_also_before_the_first_step():
+    model, host = model_of("device"), model_of("host")
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for name, parameter in model.named_parameters():
+        if model.gate_of(name) is None:
+            parameter.grad = None
+    for block in model.layers:
+        block.mixer.forget_gradients()
+    results = [losses_and_gradients(m, TABLES["every mixer"]) for m in (model, host)]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_arguments_that_no_mixer_takes_are_let_pass():
+    layer = model_of("device", layers=1).layers[0].mixer
+    x, table = torch.randn(4, 9, 16), table_of([0, 1, 2, 2])
+    with_positions = layer(x, table=table, position_ids=torch.arange(9)[None])
+    torch.testing.assert_close(with_positions, layer(x, table=table))
+
+
 def test_a_frozen_parameter_gets_no_gradient():
     model = model_of("device")
     frozen = {"o_proj.weight", "A_log", "x_proj.weight"}
@@ -296,18 +316,50 @@ class TestRefusals:
         model = model_of("device")
         first, second = (block.mixer.mixers["mamba"] for block in model.layers)
         second.D = first.D
-        with pytest.raises(ValueError, match=r"layers\.0.*mamba\.D and layers\.1.*D are the same"):
+        with pytest.raises(ValueError, match=r"one of layer 0 is also in layers\.1\.mixer"):
             parameter_groups(model)
+        first.D.requires_grad_(False)
+        parameter_groups(model)
+        model = nn.ModuleDict({"one": model, "other": nn.ParameterList([first.A_log])})
+        with pytest.raises(ValueError, match=r"one of layer 0 is also in other\.0"):
+            parameter_groups(model)
+        parameter_groups(nn.ModuleDict({"one": model["one"], "again": model["one"]}))
 
-    def test_a_forward_of_its_own(self):
+    def test_what_calling_it_would_do_besides(self):
         class Louder(Mamba):
             def forward(self, hidden_states, **kwargs):
                 return 2 * super().forward(hidden_states, **kwargs)
 
-        with pytest.raises(ValueError, match="calls no forward, but Louder, mamba, has one"):
-            StochasticMixer({"mamba": Louder(16)}, dispatch="device")
-        with pytest.raises(ValueError, match="calls no forward, but OptimizedModule, mamba, has"):
-            StochasticMixer({"mamba": torch.compile(Mamba(16))}, dispatch="device")
+        class Blind(Attention):
+            def attend(self, q, k, v, **packed):
+                return v
+
+        hooked, patched = Mamba(16), Mamba(16)
+        hooked.x_proj.register_forward_hook(lambda module, args, out: 2 * out)
+        patched.forward = lambda hidden_states: hidden_states
+        for mixer, message in (
+            (Louder(16), "of their own, got Louder for only"),
+            (Blind(16, 2), "of their own, got Blind for only"),
+            (torch.compile(Mamba(16)), "of their own, got OptimizedModule for only"),
+            (hooked, "may be hooked or patched: only.x_proj is"),
+            (patched, "may be hooked or patched: only is"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                StochasticMixer({"only": mixer}, dispatch="device")
+
+    def test_parameters_that_change_before_the_backward_pass(self):
+        layer, table = model_of("device", layers=1).layers[0].mixer, table_of([0, 1, 2, 2])
+        out = layer(torch.randn(4, 9, 16), table=table)
+        with torch.no_grad():
+            layer.mixers["attention"].o_proj.weight.mul_(3)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+        others = {name: p.detach().clone() for name, p in layer.named_parameters()}
+        others = {name: p.requires_grad_() for name, p in others.items()}
+        x = torch.randn(4, 9, 16)
+        out = torch.func.functional_call(layer, others, (x,), {"table": table})
+        with pytest.raises(RuntimeError, match="was exchanged between its forward and"):
+            out.sum().backward()
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -345,6 +397,11 @@ class TestRefusals:
         (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             dx.sum().backward()
+
+    def test_a_table_that_leaves_a_sample_out(self):
+        layer = model_of("host", layers=1).layers[0].mixer
+        with pytest.raises(ValueError, match="gives 3 of the 4 samples of layer 0 a mixer"):
+            layer(torch.zeros(4, 9, 16), table=table_of([0, 1, 5, 0]))
 
     def test_padding(self):
         layer = model_of("device", layers=1).layers[0].mixer

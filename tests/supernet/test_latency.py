@@ -5,13 +5,13 @@ import json
 import pytest
 import yaml
 
-from tests.supernet.tiny import run_values
+from tests.supernet.tiny import model_values, run_values
 from tossup.autotune.latency import Latency, LatencyTable, read_table
 from tossup.autotune.peaks import PEAKS
 from tossup.autotune.roofline import estimate
 from tossup.supernet import latency
 from tossup.supernet.cli import main
-from tossup.supernet.config import LatencyConfig
+from tossup.supernet.config import LatencyConfig, ModelConfig
 from tossup.supernet.errors import ConfigError
 from tossup.supernet.latency import write_latencies
 from tossup.supernet.loader import validate
@@ -27,8 +27,15 @@ def config_of(tmp_path, **own) -> LatencyConfig:
 def table_of(milliseconds: dict[str, float], **own) -> LatencyTable:
     mixers = {n: Latency(milliseconds=m, error=0.01, about="") for n, m in milliseconds.items()}
     shape = {"batch": 4, "seqlen": 16, "dtype": "float32", "direction": "forward"}
-    values = {"source": "measured", "device": H200, "versions": {}, "mixers": mixers}
-    return LatencyTable(**values | shape | own)
+    model = latency.described(ModelConfig.model_validate(model_values()))
+    values = {
+        "source": "measured",
+        "device": H200,
+        "versions": {},
+        "mixers": mixers,
+        "model": model,
+    }
+    return LatencyTable(**values | {"model": model} | shape | own)
 
 
 def written(path, table: LatencyTable):
@@ -110,7 +117,7 @@ def test_tables_of_other_shapes_calibrate_a_roofline(tmp_path):
         took = {n: factor * m.milliseconds for n, m in other.mixers.items()}
         paths.append(written(tmp_path / f"{len(paths)}.json", table_of(took, **shape)))
     path, table = write_latencies(config_of(tmp_path, gpu=H200, measured=paths))
-    assert path == tmp_path / "latency.json" and read_table(path) == table
+    assert path == tmp_path / "roofline.json" and read_table(path) == table
     for name, floor in floors.mixers.items():
         assert table.mixers[name].milliseconds == pytest.approx(2 * floor.milliseconds)
         assert table.mixers[name].error == pytest.approx(0, abs=1e-9)
@@ -148,7 +155,9 @@ def test_what_does_not_go_together_is_refused(tmp_path):
     for table, message in (
         (table_of(fits, device="NVIDIA A100"), "tables measured on NVIDIA H200, float32, forward;"),
         (table_of(fits, source="roofline"), "is roofline: NVIDIA H200"),
-        (table_of({"attention": 1.0}), r"each of \['attention', 'mamba'\], and lacks mamba"),
+        (table_of({"attention": 1.0}), "takes a latency of mamba, and lacks it"),
+        (table_of(fits, model={"hidden_size": 8}), "takes a table of hidden_size 16, got 8"),
+        (table_of(fits, model={"hidden_size": 16}), "takes a table of attention .*, got None"),
     ):
         path = written(tmp_path / "table.json", table)
         with pytest.raises(ConfigError, match=message):
@@ -191,7 +200,7 @@ def test_a_search_weighs_quality_against_latency(tmp_path, capsys):
     assert "latency_table goes with cost latency" in capsys.readouterr().err
     written(tmp_path / "table.json", table_of({"attention": 5.0}))
     assert main(by_latency) == 2
-    assert "and lacks mamba" in capsys.readouterr().err
+    assert "mamba, and lacks it" in capsys.readouterr().err
 
 
 def test_every_known_gpu_has_a_roofline(tmp_path):

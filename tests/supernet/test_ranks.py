@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 
 from tests.supernet.test_graphed_step import configured
 from tossup.supernet.config import RunConfig
+from tossup.supernet.errors import ConfigError
 from tossup.supernet.run_folder import latest_checkpoint, list_checkpoints
 from tossup.supernet.train import train
 
 ROOT = Path(__file__).parents[2]
 
 
-def train_on_two_ranks(config: RunConfig) -> None:
+def train_on_two_ranks(config: RunConfig) -> str:
+    """What it printed."""
     path = config.output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -30,6 +32,7 @@ def train_on_two_ranks(config: RunConfig) -> None:
         cwd=ROOT, text=True, capture_output=True,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
+    return ran.stdout
 
 
 def results(config: RunConfig) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -46,7 +49,8 @@ def test_two_ranks_train_as_two_micro_batches(tmp_path, dispatch, per_rank):
     table_per = "micro_batch" if per_rank else "step"
     alone = configured(tmp_path / "alone", accumulation=2, table_per=table_per, **options)
     train(alone)
-    train_on_two_ranks(ranks)
+    printed = train_on_two_ranks(ranks)
+    assert printed == f"{latest_checkpoint(ranks.output)}\n"
     (got, weights), (expected, theirs) = results(ranks), results(alone)
     for mine, other in zip(got, expected, strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -58,4 +62,6 @@ def test_two_ranks_train_as_two_micro_batches(tmp_path, dispatch, per_rank):
     train_on_two_ranks(ranks)
     again, resumed = results(ranks)
     assert again == got
+    with pytest.raises(ConfigError, match="is of a run on 2 ranks: go on with as many, got 1"):
+        train(ranks)
     torch.testing.assert_close(resumed, weights, rtol=0, atol=0)

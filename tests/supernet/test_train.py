@@ -151,8 +151,9 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         "dispatch": "dense",
         "dtype": "bfloat16",
         "device": "cpu:0",
+        "table_per_rank": True,
     }
-    with_device_dispatch = {"graph"}  # which is another run already
+    with_device_dispatch = {"graph", "streams"}  # which is another run already
     fields = others.keys() | CHANGEABLE | with_device_dispatch
     assert fields == set(TrainingConfig.model_fields)
     for key, value in others.items():
