@@ -21,8 +21,9 @@ help:
 	@echo "make record write the benchmarks' results to bench/results/ and into the README"
 	@echo "make clean  remove .venv and what the tools left behind; runs/ stays"
 
+# Its tensors are tiny, and threads that wait for each other crawl where others use the cores.
 demo: $(PACKAGE)
-	$(BIN)/python examples/demo.py
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python examples/demo.py
 
 test: $(DEV) $(OLDEST)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile tests

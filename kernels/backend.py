@@ -49,7 +49,21 @@ def load_backend(package: str, impl: str) -> ModuleType:
 def call_backend(package: str, impl: str, function: str, first: torch.Tensor, *others: Any) -> Any:
     """Call a backend's function on the GPU that holds its first argument.
 
-    Triton launches on the current device, whichever its tensors are on.
+    Triton launches on the current device, whichever its tensors are on. Raises ValueError for
+    impl="triton" where tensors are on the CPU and Triton does not interpret.
     """
+    backend = load_backend(package, impl)
+    if impl == "triton" and first.device.type == "cpu":
+        refuse_cpu_unless_interpreted()
     with torch.cuda.device_of(first):
-        return getattr(load_backend(package, impl), function)(first, *others)
+        return getattr(backend, function)(first, *others)
+
+
+def refuse_cpu_unless_interpreted() -> None:
+    import triton
+
+    if not triton.knobs.runtime.interpret:
+        raise ValueError(
+            "impl='triton' takes tensors on a GPU, or TRITON_INTERPRET=1 in the environment before "
+            "Triton is imported, got tensors on the CPU"
+        )

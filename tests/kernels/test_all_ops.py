@@ -3,6 +3,9 @@
 Each op is written here as a function of one tensor, which it uses for several of its inputs.
 """
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -269,3 +272,14 @@ def test_implementations_are_chosen_by_argument_then_variable_then_device(monkey
     with pytest.raises(ValueError, match=r"^impl must be auto, triton, cpu .* got 'gpu'"):
         resolve_impl("gpu", cpu)
     assert load_backend("tossup.kernels.routing", "triton").draw.__module__.endswith(".kernel")
+
+
+def test_triton_on_the_cpu_says_what_it_takes():
+    call = "import torch, tossup; x = torch.ones(1, 2, 8); tossup.linear(x, x[0], impl='triton')"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, "-c", call], env=environment, text=True, capture_output=True
+    )
+    assert ran.stderr.splitlines()[-1].startswith(
+        "ValueError: impl='triton' takes tensors on a GPU"
+    )
