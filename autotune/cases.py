@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .workloads.workload import SHORT
+
 Shape = tuple[int, ...]
 
 
@@ -36,10 +38,6 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def route_over(batch: int) -> tuple[Tensor, Tensor]:
     """A route's count and samples."""
     return meta(dtype=torch.int32), meta(batch, dtype=torch.int32)
-
-
-def short(dtype: torch.dtype) -> str:
-    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
 
 
 def draws() -> Iterator[Case]:
@@ -70,7 +68,7 @@ def scans() -> Iterator[Case]:
     for name, shape in shapes.items():
         for dtype in (torch.bfloat16, torch.float32):
             launch = partial(scan, shape, dtype)
-            yield Case("selective_scan", f"routed, {short(dtype)}, {name}", launch)
+            yield Case("selective_scan", f"routed, {SHORT[dtype]}, {name}", launch)
     launch = partial(scan, (2, 2048, 1536, 5, 512), torch.bfloat16, packed=True)
     yield Case("selective_scan", "routed, bf16, 2×2048×1536, state 5, 512 groups, packed", launch)
     launch = partial(scan, shapes["8×4096×4096, state 16"], torch.bfloat16, constant=True)
@@ -100,7 +98,7 @@ def convolutions() -> Iterator[Case]:
         ):
             yield Case(
                 "causal_conv1d",
-                f"routed, {short(dtype)}, {name}",
+                f"routed, {SHORT[dtype]}, {name}",
                 partial(convolve, dtype, packed, channels_last),
             )
     launch = partial(convolve, torch.bfloat16, False, True, (1, 2**20, 256))
@@ -133,7 +131,7 @@ def rotations() -> Iterator[Case]:
             pairing = "neighbours" if interleaved else "halves"
             yield Case(
                 "rotary",
-                f"routed, {short(dtype)}, 8×4096×32×128, {pairing}",
+                f"routed, {SHORT[dtype]}, 8×4096×32×128, {pairing}",
                 partial(rotate, dtype, interleaved),
             )
 
@@ -153,7 +151,7 @@ def repetitions() -> Iterator[Case]:
     }
     for name, (dtype, *shape) in shapes.items():
         launch = partial(repeat, dtype, *shape)
-        yield Case("repeat_groups", f"routed, {short(dtype)}, {name}", launch)
+        yield Case("repeat_groups", f"routed, {SHORT[dtype]}, {name}", launch)
 
 
 def repeat(dtype: torch.dtype, dim: int, group: int, repeats: int) -> None:
@@ -169,7 +167,7 @@ def attentions() -> Iterator[Case]:
     half = [(torch.bfloat16, head_dim) for head_dim in (16, 64, 80, 128, 256)]
     single = [(torch.float32, head_dim) for head_dim in (64, 128, 256)]
     for dtype, head_dim in (*half, *single):
-        name = f"routed, {short(dtype)}, 4×4096×32×{head_dim}"
+        name = f"routed, {SHORT[dtype]}, 4×4096×32×{head_dim}"
         yield Case("flash_attention", name, partial(attend, dtype, head_dim))
         name += ", window, softcap, ALiBi, dropout"
         yield Case("flash_attention", name, partial(attend, dtype, head_dim, busy=True))
@@ -198,10 +196,10 @@ def attend(dtype: torch.dtype, head_dim: int, packed: bool = False, busy: bool =
 def updates() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         for state in (16, 128):
-            name = f"routed, {short(dtype)}, 64×4096, state {state}"
+            name = f"routed, {SHORT[dtype]}, 64×4096, state {state}"
             yield Case("selective_state_update", name, partial(update_state, dtype, state))
         for ring in (False, True):
-            name = f"routed, {short(dtype)}, 64×4096, width 4{', ring' if ring else ''}"
+            name = f"routed, {SHORT[dtype]}, 64×4096, width 4{', ring' if ring else ''}"
             yield Case("causal_conv1d_update", name, partial(update_window, dtype, ring))
     for ring in (False, True):
         name = f"routed, bf16, 64×4096, width 4, fp32 taps{', ring' if ring else ''}"

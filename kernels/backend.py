@@ -46,16 +46,23 @@ def load_backend(package: str, impl: str) -> ModuleType:
     return importlib.import_module(f"{package}.{name}")
 
 
-def call_backend(package: str, impl: str, function: str, first: torch.Tensor, *others: Any) -> Any:
-    """Call a backend's function on the GPU that holds its first argument.
+def call_backend(
+    package: str,
+    impl: str,
+    function: str,
+    first: torch.Tensor | list[torch.Tensor],
+    *others: Any,
+) -> Any:
+    """Call a backend's function on the GPU that holds its first argument, a tensor or some.
 
     Triton launches on the current device, whichever its tensors are on. Raises ValueError for
     impl="triton" where tensors are on the CPU and Triton does not interpret.
     """
     backend = load_backend(package, impl)
-    if impl == "triton" and first.device.type == "cpu":
+    tensor = first[0] if isinstance(first, list) else first
+    if impl == "triton" and tensor.device.type == "cpu":
         refuse_cpu_unless_interpreted()
-    with torch.cuda.device_of(first):
+    with torch.cuda.device_of(tensor):
         return getattr(backend, function)(first, *others)
 
 

@@ -102,6 +102,10 @@ class Run:
         """The route as ops take it."""
         return self.route.count, self.route.samples
 
+    def fresh(self, name: str) -> Tensor:
+        """Memory like a tensor of the slot that nobody wrote, one sample behind the other."""
+        return torch.empty_like(self.slot[name], memory_format=torch.contiguous_format)
+
     def linear(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         linear_into(out, x, weight, bias, route=self.route, impl=self.impl)
 

@@ -15,14 +15,13 @@ from ..autotune.machine import name_of
 from ..autotune.peaks import PEAKS, Peak
 from ..autotune.roofline import estimate, floor_of
 from ..autotune.timing import CpuStopwatch, GpuStopwatch
+from ..autotune.workloads.workload import SHORT
 from .config import LatencyConfig, ModelConfig
 from .devices import device_of
 from .errors import ConfigError
 from .files import write_atomically
 from .mixers import build_mixer
 from .search.space import Placement
-
-SHORT = {"float32": "fp32", "bfloat16": "bf16"}  # dtypes, as workloads name them
 
 
 def write_latencies(config: LatencyConfig) -> tuple[Path, LatencyTable]:
@@ -72,7 +71,7 @@ def roofline(config: LatencyConfig, gpu: str) -> LatencyTable:
 
 
 def floor(config: LatencyConfig, mixer: Any, peak: Peak, batch: int, seqlen: int) -> float:
-    dtype = SHORT[config.dtype or config.training.dtype]
+    dtype = SHORT[dtype_of(config)]
     ops = mixer.workloads(batch=batch, seqlen=seqlen, dtype=dtype)
     return floor_of(ops, peak, config.direction)
 

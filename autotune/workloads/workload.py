@@ -13,6 +13,7 @@ from ...kernels.routing import Route
 from ..peaks import Floor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHORT = {dtype: name for name, dtype in DTYPES.items()}
 
 Results = dict[str, Tensor]
 Call = Callable[[], Results]

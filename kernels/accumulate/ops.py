@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backend import load_backend
+from ..backend import call_backend
 
 
 @torch.library.custom_op("tossup::accumulate_into", mutates_args=("totals",))
@@ -14,9 +14,7 @@ def accumulate_into_op(
     count: Tensor | None,
     impl: str,
 ) -> None:
-    with torch.cuda.device_of(totals[0]):
-        backend = load_backend(__package__, impl)
-        backend.accumulate_into(totals, gradients, written, count)
+    call_backend(__package__, impl, "accumulate_into", totals, gradients, written, count)
 
 
 @accumulate_into_op.register_fake

@@ -148,7 +148,7 @@ class Attention(nn.Module):
 
     def routed_backward(self, run: "Run", dout: Tensor, x: Tensor, dx: Tensor) -> None:
         slot = run.slot
-        dattended = torch.empty_like(slot["out"], memory_format=torch.contiguous_format)
+        dattended = run.fresh("out")
         run.linear_backward(dout, slot["out"], dattended, self.o_proj.weight)
         q, k, v, attended, d = self.heads_of(
             slot["q"], slot["k"], slot["v"], slot["out"], dattended

@@ -130,7 +130,7 @@ class Mamba(nn.Module):
 
     def routed_backward(self, run: "Run", dout: Tensor, x: Tensor, dx: Tensor) -> None:
         slot = run.slot
-        dy, dxz, dprojected = (fresh(slot[name]) for name in ("y", "xz", "projected"))
+        dy, dxz, dprojected = (run.fresh(name) for name in ("y", "xz", "projected"))
         run.linear_backward(dout, slot["y"], dy, self.out_proj.weight, self.out_proj.bias)
         ddt_low, dB, dC = self.split(dprojected)
         scanned = self.scanned(run)
@@ -323,7 +323,7 @@ class GroupedMamba(nn.Module):
 
     def routed_backward(self, run: "Run", dout: Tensor, x: Tensor, dx: Tensor) -> None:
         slot = run.slot
-        dy, dprojected, dlow = (fresh(slot[name]) for name in ("y", "projected", "low"))
+        dy, dprojected, dlow = (run.fresh(name) for name in ("y", "projected", "low"))
         dz, dx_heads, dB, dC = self.split(dprojected)
         run.linear_backward(dout, slot["y"], dy, self.out_proj.weight, self.out_proj.bias)
         scanned = self.scanned(run)
@@ -336,7 +336,7 @@ class GroupedMamba(nn.Module):
             of_conv = convolve_backward(self.conv1d, run, drepeated, du, self.convolved(run))
             sum_groups_into_op(dx_heads, drepeated, self.d_state, *run.tensors, run.impl)
         else:
-            dconv = fresh(slot["conv"])
+            dconv = run.fresh("conv")
             sum_groups_into_op(dconv, du, self.d_state, *run.tensors, run.impl)
             of_conv = convolve_backward(self.conv1d, run, dx_heads, dconv, self.convolved(run))
         run.add_gradients(
@@ -371,7 +371,7 @@ class GroupedMamba(nn.Module):
         )  # fmt: skip
 
     def repeated(self, run: "Run", x: Tensor) -> Tensor:
-        out = fresh(run.slot["y"])
+        out = run.fresh("y")
         repeat_groups_into_op(out, x, self.d_state, *run.tensors, run.impl)
         return out
 
@@ -436,11 +436,6 @@ def convolve(
     if cache is not None:
         cache.keep("conv", state)
     return out
-
-
-def fresh(like: Tensor) -> Tensor:
-    """Memory that nobody wrote, one sample behind the other."""
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def convolve_into(conv: nn.Conv1d, run: "Run", out: Tensor, x: Tensor) -> None:
