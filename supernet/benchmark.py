@@ -39,7 +39,7 @@ def parse(words: Sequence[str]) -> tuple[Workload, list[str]]:
         apply_override(values, override)
     direction = values.pop("direction", None)
     try:
-        workload = build(op, values)
+        workload = build(op, values, others=("direction",))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if direction not in (None, *workload.directions):

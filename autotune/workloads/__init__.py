@@ -3,7 +3,7 @@
 Benchmarks, `tossup bench`, device runs, gates and the tuner are all made from it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .attention import Attention
@@ -30,9 +30,10 @@ OPS: dict[str, type[Workload]] = {
 }
 
 
-def build(op: str, values: Mapping[str, Any]) -> Workload:
+def build(op: str, values: Mapping[str, Any], others: Sequence[str] = ()) -> Workload:
     """A workload of a user's shape; a key that is not given has its default.
 
+    others: keys that the caller takes by itself, for the sentence that names all.
     Raises ValueError, one sentence, for an op or a key that is not known, or a wrong value.
     """
     if op not in OPS:
@@ -40,7 +41,7 @@ def build(op: str, values: Mapping[str, Any]) -> Workload:
     known = keys(op)
     for key in values:
         if key not in known:
-            raise ValueError(f"{op} takes the keys {', '.join(known)}, got {key!r}")
+            raise ValueError(f"{op} takes the keys {', '.join([*known, *others])}, got {key!r}")
     return OPS[op](**values)
 
 

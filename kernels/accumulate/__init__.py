@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Impl, resolve_impl
-from ..routing import Route, tensors_of
+from ..routing import Route
 from .reference import accumulate_reference
 
 __all__ = ["accumulate_into"]
@@ -55,5 +55,5 @@ def accumulate_into(
             return
         from .ops import accumulate_into_op
 
-        count, _ = tensors_of(route)
+        count = None if route is None else route.count
         accumulate_into_op(list(totals), list(gradients), written, count, chosen)

@@ -115,7 +115,8 @@ def flash_attention(
 
         out, lse = flash_attention_op(
             q, k, v, left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed,
-            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *tensors_of(route), impl,
+            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *tensors_of(route, batch_of(q, cu_seqlens_q)),
+            impl,
         )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -164,11 +165,15 @@ def check_tensors(
             )
 
 
+def batch_of(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
+    return len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+
+
 def check_slopes(q: Tensor, slopes: Tensor | None, cu_seqlens_q: Tensor | None) -> None:
     if slopes is None:
         return
     heads = q.shape[-2]
-    samples = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    samples = batch_of(q, cu_seqlens_q)
     fits = slopes.shape == (heads,) or slopes.shape == (samples, heads)
     if not fits or not slopes.is_floating_point():
         raise ValueError(

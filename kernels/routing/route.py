@@ -26,9 +26,18 @@ def rows_of(count: Tensor | None, samples: Tensor | None) -> Tensor | slice:
     return samples[: int(count)].long()
 
 
-def tensors_of(route: Route | None) -> tuple[Tensor | None, Tensor | None]:
-    """The route as a torch.library op takes it: count and samples, or None and None."""
-    return (None, None) if route is None else (route.count, route.samples)
+def tensors_of(route: Route | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
+    """The route as a torch.library op takes it: count and samples, or None and None.
+
+    Raises ValueError for a route of another batch, whose samples may lie outside of this one.
+    """
+    if route is None:
+        return None, None
+    if route.samples.shape != (batch,):
+        raise ValueError(
+            f"route must be of {batch} samples, as the tensors are, got {len(route.samples)}"
+        )
+    return route.count, route.samples
 
 
 def snapshot(count: Tensor | None, samples: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -38,7 +47,7 @@ def snapshot(count: Tensor | None, samples: Tensor | None) -> tuple[Tensor | Non
 
 def take(route: Route | None, tensor: Tensor) -> Tensor:
     """The route's samples of a (batch, …) tensor; all of them where there is no route."""
-    return tensor if route is None else tensor[rows_of(route.count, route.samples)]
+    return tensor[rows_of(*tensors_of(route, len(tensor)))] if route is not None else tensor
 
 
 def put(route: Route | None, rows: Tensor, batch: int) -> Tensor:

@@ -52,7 +52,7 @@ def selective_state_update(
             from .ops import selective_state_update_op
 
             return selective_state_update_op(
-                state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *tensors_of(route), chosen
+                state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *tensors_of(route, len(x)), chosen
             )
         rows = slice(None) if route is None else rows_of(route.count, route.samples)
         before, token, step, b, c = (take(route, t) for t in (state, x, dt, B, C))

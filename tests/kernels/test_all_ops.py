@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support import EXACT, every_backend, only_triton, route_of, seeded
+from tests.support import EXACT, every_backend, every_impl, only_triton, route_of, seeded
 from tossup.kernels.backend import load_backend, resolve_impl
 from tossup.kernels.causal_conv1d import causal_conv1d
 from tossup.kernels.flash_attention import flash_attention
@@ -153,6 +153,15 @@ def test_gradients_of_one_result_alone(op, result, impl, chosen):
         (gradient,) = torch.autograd.grad(out[mine].square().sum(), x)
         gradients.append(gradient[mine])
     torch.testing.assert_close(*gradients)
+
+
+@every_op
+@every_impl
+@pytest.mark.parametrize("batch", [2, 4])
+def test_a_route_of_another_batch_is_refused(op, impl, batch):
+    x = random(3, 5, DIM, dtype=EXACT[impl])
+    with pytest.raises(ValueError, match=f"route must be of 3 samples.* got {batch}"):
+        op(x, impl=impl, route=route_of(0, batch=batch))
 
 
 @every_backend

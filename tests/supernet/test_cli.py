@@ -430,7 +430,7 @@ def test_bench_races_a_shape_of_ones_own(capsys):
     ("words", "message"),
     [
         ([], "OP is required, one of attention"),
-        (["linear", "heads=3"], "linear takes the keys batch, seqlen, .*, got 'heads'"),
+        (["linear", "heads=3"], "linear takes the keys batch, .*, direction, got 'heads'"),
         (["linear", "direction=backward"], "direction takes forward, dgrad, wgrad, got 'backward'"),
         (["linear", "--device", "nowhere"], "--device takes a device of this machine"),
     ],
