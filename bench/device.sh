@@ -92,8 +92,8 @@ for part in $PARTS; do
 		run races 300 python3 -m bench.record --device cuda --seconds 0.3 --limit 72 --output "$LOGS/results"
 		;;
 	dispatch)
-		run dispatch 150 python3 bench/dispatch.py --output "$LOGS/dispatch.json"
-		run dispatch-samples 100 python3 bench/dispatch.py --per-sample --output "$LOGS/dispatch-samples.json"
+		run dispatch 150 python3 -m bench.dispatch --output "$LOGS/dispatch.json"
+		run dispatch-samples 100 python3 -m bench.dispatch --per-sample --output "$LOGS/dispatch-samples.json"
 		;;
 	sanitizer)
 		run sanitizer-none 60 python3 bench/sanitize.py # compiles, outside the tools

@@ -1,15 +1,16 @@
 """Ways to follow a mixer table, side by side in one run: a training step of a stack of layers.
 
-    python bench/dispatch.py [--device cuda] [--layers 24 --hidden 2048 --batch 4 --seqlen 4096]
+    python -m bench.dispatch [--device cuda] [--layers 24 --hidden 2048 --batch 4 --seqlen 4096]
 
-item    drawn as a CUDA tensor, read with .item(), a Python branch: what Tossup began with
-host    drawn on the CPU, a Python branch
-device  all mixers launched, the kernels follow the table
-graph   the same step in one CUDA graph
-forked  that graph, each mixer on a stream of its own
-static  one mixer per layer, chosen beforehand, in one CUDA graph: a step without any dispatch
+item         drawn as a CUDA tensor, read with .item(), a Python branch: what Tossup began with
+host         drawn on the CPU, a Python branch
+conditional  each mixer in an IF node of one CUDA graph, which torch captures since 2.13
+device       all mixers launched, the kernels follow the table
+graph        the same step in one CUDA graph
+forked       that graph, each mixer on a stream of its own
+static       one mixer per layer, chosen beforehand, in one CUDA graph: a step without any dispatch
 
-The first two run attention on torch's own kernels, cuDNN's where it can, and Mamba on mamba-ssm's
+The first three run attention on torch's own kernels, cuDNN's where it can, and Mamba on mamba-ssm's
 CUDA scan where it is built; the record names what ran. All ways train in bfloat16 with the same
 optimizer, and route whole batches, as the branches need; with --per-sample, those that no branch
 of a whole batch follows run alone.
@@ -30,15 +31,17 @@ import triton
 from torch import Tensor, nn
 
 import tossup
+from bench import conditional
 from tossup.autotune.timing import Timing
 from tossup.supernet.files import write_atomically
 from tossup.supernet.graphed_step import GraphedStep
 from tossup.supernet.mixers import Attention, Mamba
 from tossup.supernet.optimizer import clip_grad_norm
 
-WAYS = ("item", "host", "device", "graph", "forked", "static")
-BRANCHES = ("item", "static")  # one mixer for the whole batch
-GRAPHS = ("graph", "forked", "static")
+WAYS = ("item", "host", "conditional", "device", "graph", "forked", "static")
+LIBRARIES = ("item", "host", "conditional")
+BRANCHES = ("item", "conditional", "static")  # one mixer for the whole batch
+GRAPHS = ("conditional", "graph", "forked", "static")
 ROUNDS, WARMUP = 15, 5
 
 
@@ -66,7 +69,8 @@ class Stack(nn.Module):
 
     def __init__(self, layers: int, hidden: int, way: str, placement: list[int]):
         super().__init__()
-        heads, library = hidden // 128 or 1, way in ("item", "host")
+        heads, library = hidden // 128 or 1, way in LIBRARIES
+        self.way = way
         makers: list[Callable[[], nn.Module]] = [
             lambda: (LibraryAttention if library else Attention)(hidden, heads),
             lambda: library_mamba(hidden) if library else Mamba(hidden),
@@ -87,8 +91,12 @@ class Stack(nn.Module):
         self, x: Tensor, table: tossup.MixerTable | None, choose: Callable | None
     ) -> Tensor:
         for layer, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):
-            placement = None if choose is None else f"mixer{choose(layer)}"
-            x = x + mixer(norm(x), table=table, placement=placement)
+            if self.way == "conditional":
+                used = table.count[layer] > 0
+                x = x + conditional.follow(mixer.mixers.values(), norm(x), used)
+            else:
+                placement = None if choose is None else f"mixer{choose(layer)}"
+                x = x + mixer(norm(x), table=table, placement=placement)
         return x
 
 
@@ -110,6 +118,9 @@ class Step:
         self.x = torch.randn(shape, device=self.device, dtype=torch.bfloat16)
         self.counter = torch.zeros((), dtype=torch.int64, device=self.device)
         self.steps = 0
+        if way == "conditional":
+            for parameter in self.stack.mixers.parameters():
+                parameter.grad = torch.zeros_like(parameter)
 
     def __call__(self) -> None:
         table = choose = None
@@ -187,6 +198,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--output", type=Path, help="a JSON file for the record")
     options = parser.parse_args()
+    if "conditional" in options.ways and not conditional.AVAILABLE:
+        print(f"conditional: torch {torch.__version__} captures no IF nodes: not measured")
+        options.ways = [way for way in options.ways if way != "conditional"]
     if options.device == "cpu":
         options.ways = [way for way in options.ways if way not in GRAPHS]
     if options.per_sample:

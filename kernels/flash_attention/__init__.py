@@ -115,8 +115,8 @@ def flash_attention(
 
         out, lse = flash_attention_op(
             q, k, v, left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed,
-            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *tensors_of(route, batch_of(q, cu_seqlens_q)),
-            impl,
+            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            *tensors_of(route, batch_of(q, cu_seqlens_q)), impl,
         )  # fmt: skip
     return (out, lse) if return_lse else out
 

@@ -52,8 +52,9 @@ def selective_state_update(
             from .ops import selective_state_update_op
 
             return selective_state_update_op(
-                state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, *tensors_of(route, len(x)), chosen
-            )
+                state, x, dt, A, B, C, D, z, dt_bias, dt_softplus,
+                *tensors_of(route, len(x)), chosen,
+            )  # fmt: skip
         rows = slice(None) if route is None else rows_of(route.count, route.samples)
         before, token, step, b, c = (take(route, t) for t in (state, x, dt, B, C))
         gate = None if z is None else take(route, z)
