@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "numba", "numpy", "mamba-ssm", "causal-conv1d", "transformers")
+PACKAGES = ("triton", "numba", "numpy", "mamba-ssm", "causal-conv1d", "transformers")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -27,7 +27,9 @@ def describe(device: torch.device) -> dict[str, Any]:
         about["cores"] = os.cpu_count()
         about["load"] = os.getloadavg()[1]
     about["python"] = platform.python_version()
-    about["packages"] = {name: found for name in PACKAGES if (found := version_of(name))}
+    # torch's own names the build, which what is installed need not
+    about["packages"] = {"torch": torch.__version__}
+    about["packages"] |= {name: found for name in PACKAGES if (found := version_of(name))}
     about["commit"] = commit()
     return about
 

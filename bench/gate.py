@@ -9,7 +9,8 @@ committed record of the same CPU. Ratios, not times, so that a busy machine weig
 
 With --base: a worktree of REV and the working tree take turns, in a process each that stays, so
 that both meet the same clocks and temperatures. autotune/regression.py says what counts as slower;
-what seems slower is measured once more before it fails.
+what seems slower is measured once more before it fails. `--base last` is what the newest committed
+record of the same device was taken of.
 """
 
 import argparse
@@ -220,6 +221,21 @@ def worker(checkout: Path, device: str) -> Iterator[Ask]:
         process.wait()
 
 
+def recorded_revision(device: str) -> str:
+    """What the newest record of this machine's device was taken of."""
+    folder = RESULTS / slug(name_of(torch.device(device)))
+    try:
+        commit = newest(folder)["commit"]
+    except FileNotFoundError as error:
+        raise SystemExit(f"gate: --base last takes a record of this device: {error}") from error
+    if commit is None or commit.endswith("-dirty"):
+        raise SystemExit(
+            f"gate: --base last takes a record of a commit; the newest of {folder.name} is of "
+            f"{commit or 'none'}"
+        )
+    return commit
+
+
 def compare_revisions(
     revision: str, device: str, workloads: Sequence[Workload], rounds: int
 ) -> list[str]:
@@ -243,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gate", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--base", metavar="REV", help="a revision, or a folder")
+    parser.add_argument("--base", metavar="REV", help="a revision, a folder, or last")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="of --base; cuda if it is there")
     parser.add_argument(
         "--case", action="append", default=[], metavar="'OP key=value …'",
@@ -259,7 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     if options.base:
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        worse = compare_revisions(options.base, device, cases or shipped(device), options.rounds)
+        base = recorded_revision(device) if options.base == "last" else options.base
+        worse = compare_revisions(base, device, cases or shipped(device), options.rounds)
     else:
         worse = compare_with_records(options.seconds)
     print(f"gate: {len(worse)} worse" + "".join(f"\n  {sentence}" for sentence in worse))

@@ -138,7 +138,7 @@ def weight_gradient_kernel(
         acc += tl.load(grads, mask=of_dout & of_x & held, other=0.0).to(tl.float32)
     # [BLOCK_N, 16], columns alike: products with ones, as a sum would wait for all warps
     bias_acc = tl.zeros([BLOCK_N, 16], tl.float32)
-    ones = tl.full([BLOCK_T, 16], 1.0, dout_ptr.dtype.element_ty)
+    ones = tl.full([BLOCK_T, 16], 1.0, tl.float32).to(dout_ptr.dtype.element_ty)
 
     douts = dout_ptr + n[:, None] * stride_dout[2] + token[None, :] * stride_dout[1]
     xs = x_ptr + token[:, None] * stride_x[1] + k[None, :] * stride_x[2]
