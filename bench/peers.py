@@ -4,8 +4,9 @@
 
 SDISTS is a folder that holds mamba_ssm-*.tar.gz and causal_conv1d-*.tar.gz, as `pip download
 --no-binary :all: --no-deps` leaves them: nothing is fetched here. They are compiled for the GPU
-that is there, by nvcc and ninja, with the flags of their own setup.py. OUTPUT/peers.json says of
-each extension how long its build took, or why there is none.
+that is there, or for those that TORCH_CUDA_ARCH_LIST names, by nvcc and ninja, with the flags of
+their own setup.py. OUTPUT/peers.json says of each extension how long its build took, or why there
+is none.
 """
 
 import json
@@ -54,14 +55,15 @@ def build(name: str, sdists: Path, output: Path) -> str:
 
     start = time.monotonic()
     try:
-        if not torch.cuda.is_available():
-            raise NotBuilt("torch sees no GPU")
+        if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+            if not torch.cuda.is_available():
+                raise NotBuilt("torch sees no GPU, and TORCH_CUDA_ARCH_LIST names none")
+            major, minor = torch.cuda.get_device_capability()
+            os.environ["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
         if cpp_extension.CUDA_HOME is None or shutil.which("nvcc", path=nvcc_path()) is None:
             raise NotBuilt("there is no nvcc")
         if not cpp_extension.is_ninja_available():
             raise NotBuilt("there is no ninja")
-        major, minor = torch.cuda.get_device_capability()
-        os.environ["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
         sources = sources_of(*EXTENSIONS[name], sdists, output / "sources")
         folder = output / "build" / name
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,12 +5,14 @@ clipping, and so is which mixers a step used; so the ranks' weights stay the sam
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+MESSAGE = 2**26  # bytes: enough for the network's full rate, and little beside all gradients
 
 T = TypeVar("T")
 NumberT = TypeVar("NumberT", int, Tensor, int | Tensor)
@@ -41,11 +43,10 @@ class Ranks:
         return number * self.count + self.rank
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Add up over the ranks, in place; those of one dtype in one message. Reads no tensor."""
+        """Add up over the ranks, in place, small ones together in one message. Reads no tensor."""
         if self.count == 1:
             return
-        for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
-            parts = [tensor for tensor in tensors if tensor.dtype == dtype]
+        for parts in messages(tensors):
             message = torch.cat([part.flatten() for part in parts])
             dist.all_reduce(message)
             sums = message.split([part.numel() for part in parts])
@@ -64,6 +65,20 @@ class Ranks:
         """Until every rank is here."""
         if self.count > 1:
             dist.barrier()
+
+
+def messages(tensors: Sequence[Tensor], size: int = MESSAGE) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype and of `size` bytes at most, or one that is larger; in one order."""
+    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+        parts: list[Tensor] = []
+        for tensor in tensors:
+            if tensor.dtype != dtype:
+                continue
+            if parts and sum(part.nbytes for part in parts) + tensor.nbytes > size:
+                yield parts
+                parts = []
+            parts.append(tensor)
+        yield parts
 
 
 def rank() -> int:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tests.supernet.test_graphed_step import configured
 from tossup.supernet.config import RunConfig
 from tossup.supernet.errors import ConfigError
+from tossup.supernet.ranks import messages
 from tossup.supernet.run_folder import latest_checkpoint, list_checkpoints
 from tossup.supernet.train import train
 
@@ -65,3 +66,16 @@ def test_two_ranks_train_as_two_micro_batches(tmp_path, dispatch, per_rank):
     with pytest.raises(ConfigError, match="is of a run on 2 ranks: go on with as many, got 1"):
         train(ranks)
     torch.testing.assert_close(resumed, weights, rtol=0, atol=0)
+
+
+def test_messages_hold_every_tensor_once_and_no_more_than_their_size():
+    sizes = [3, 1, 4, 40, 1, 0, 9, 2]
+    tensors = [
+        torch.zeros(n, dtype=(torch.int32, torch.float16)[i % 2]) for i, n in enumerate(sizes)
+    ]
+    found = list(messages(tensors, size=16))
+    assert sorted(id(t) for parts in found for t in parts) == sorted(map(id, tensors))
+    for parts in found:
+        assert len({tensor.dtype for tensor in parts}) == 1
+        assert len(parts) == 1 or sum(tensor.nbytes for tensor in parts) <= 16
+    assert len(found) == 7
