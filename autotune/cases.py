@@ -69,6 +69,11 @@ def scans() -> Iterator[Case]:
         for dtype in (torch.bfloat16, torch.float32):
             launch = partial(scan, shape, dtype)
             yield Case("selective_scan", f"routed, {SHORT[dtype]}, {name}", launch)
+    for name, shape in {
+        "8×4096×8192, state 16": (8, 4096, 8192, 16, 1),  # enough for two channels to a lane
+        "8×4095×4100, state 16": (8, 4095, 4100, 16, 1),  # lanes without a channel, or a token
+    }.items():
+        yield Case("selective_scan", f"routed, bf16, {name}", partial(scan, shape, torch.bfloat16))
     launch = partial(scan, (2, 2048, 1536, 5, 512), torch.bfloat16, packed=True)
     yield Case("selective_scan", "routed, bf16, 2×2048×1536, state 5, 512 groups, packed", launch)
     launch = partial(scan, shapes["8×4096×4096, state 16"], torch.bfloat16, constant=True)

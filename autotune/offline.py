@@ -30,6 +30,9 @@ from ..kernels import configs
 # Specifications per Compute Capability").
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
+# Multiprocessors of the largest GPU of an architecture that is sold
+PROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
+
 # Programs that a grid may have along each axis (the same table)
 MOST_PROGRAMS = (2**31 - 1, 65535, 65535)
 
@@ -178,7 +181,8 @@ class OfflineDriver(DriverBase):
         return 0
 
     def properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 2**31 - 1}  # too much is reported, not refused
+        # Too much shared memory is reported, not refused
+        return {"max_shared_mem": 2**31 - 1, "multiprocessor_count": PROCESSORS[self.arch]}
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         names = source.fn.arg_names

@@ -1,9 +1,9 @@
 """Which GPU a launch configuration is for: the one there, or the one only compiled for."""
 
-import triton
+from functools import lru_cache
+from typing import Any
 
-# Multiprocessors of the largest GPU of an architecture that is sold
-PROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
+import triton
 
 
 def arch() -> int:
@@ -14,8 +14,16 @@ def arch() -> int:
 
 
 def processors() -> int:
-    """How many multiprocessors that GPU has."""
-    return PROCESSORS.get(arch(), 132)
+    """How many multiprocessors that GPU has; 132, as an H200, in the interpreter."""
+    if triton.knobs.runtime.interpret:
+        return 132
+    driver = triton.runtime.driver.active
+    return processors_of(driver, driver.get_current_device())
+
+
+@lru_cache(maxsize=16)
+def processors_of(driver: Any, device: int) -> int:
+    return driver.utils.get_device_properties(device)["multiprocessor_count"]
 
 
 def refuse_more_samples_than_programs(batch: int) -> None:

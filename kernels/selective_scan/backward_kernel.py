@@ -15,6 +15,7 @@ from .tiles import (
     sigmoid,
     step_of,
     store_plane,
+    token_of,
 )
 
 
@@ -54,7 +55,7 @@ def backward_kernel(
     stride_bias, stride_seq, stride_dz, stride_kept,
     SOFTPLUS: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
     STATE: tl.constexpr, STATES: tl.constexpr, BLOCK_DIM: tl.constexpr, RUNS: tl.constexpr,
-    CHUNK: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, TOKENS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of channels of one active sample, in one segment of its tokens.
 
@@ -68,7 +69,7 @@ def backward_kernel(
     if sample < 0:
         return
     tile = tl.program_id(0)
-    columns, inside = channels_of(tile, dim, run, BLOCK_DIM, RUNS)
+    columns, inside = channels_of(tile, dim, run, BLOCK_DIM, RUNS, EVEN)
     channels = tl.where(inside, columns, 0)
     n = tl.arange(0, STATES)
     held = (n < STATE)[:, None] & inside[None, :]
@@ -130,7 +131,7 @@ def backward_kernel(
             tl.store(scratch_ptr + (first - start) // TOKENS * STATES * BLOCK_DIM + by_slot, h)
             us, deltas, douts, zs, bs, cs, same = (), (), (), (), (), (), ()
             for j in tl.static_range(TOKENS):
-                t = tl.minimum(first + j, last)
+                t = token_of(first, j, last, EVEN)
                 us += (tl.load(u_ptrs + t * stride_u[1]),)
                 deltas += (tl.load(delta_ptrs + t * stride_delta[1]),)
                 douts += (tl.load(dout_ptrs + t * stride_dout[1]),)
@@ -144,7 +145,7 @@ def backward_kernel(
                     same += (continues(seq_idx_ptr, stride_seq, sample, first + j, last),)
             for j in tl.static_range(TOKENS):
                 t = first + j
-                there = at(inside, t, seqlen)
+                there = at(inside, t, seqlen, EVEN)
                 u = us[j].to(tl.float32)
                 step, _ = step_of(deltas[j], bias, there, SOFTPLUS)
                 drive = tl.where(there, step * u, 0.0)
@@ -180,7 +181,7 @@ def backward_kernel(
             h = tl.load(scratch_ptr + (first - start) // TOKENS * STATES * BLOCK_DIM + by_slot)
             us, deltas, douts, zs, bs, cs, same = (), (), (), (), (), (), ()
             for j in tl.static_range(TOKENS):
-                t = tl.minimum(first + j, last)
+                t = token_of(first, j, last, EVEN)
                 us += (tl.load(u_ptrs + t * stride_u[1]),)
                 deltas += (tl.load(delta_ptrs + t * stride_delta[1]),)
                 douts += (tl.load(dout_ptrs + t * stride_dout[1]),)
@@ -194,7 +195,7 @@ def backward_kernel(
                     same += (continues(seq_idx_ptr, stride_seq, sample, first + j, last),)
             xs, steps, raws, decays, hs = (), (), (), (), ()
             for j in tl.static_range(TOKENS):
-                there = at(inside, first + j, seqlen)
+                there = at(inside, first + j, seqlen, EVEN)
                 u = tl.where(there, us[j].to(tl.float32), 0.0)
                 step, raw = step_of(deltas[j], bias, there, SOFTPLUS)
                 decay = tl.exp2(step[None, :] * A)
@@ -211,7 +212,7 @@ def backward_kernel(
                     h = decay * h + (step * u)[None, :] * b
             for j in tl.static_range(TOKENS - 1, -1, -1):
                 t = first + j
-                there = at(inside, t, seqlen)
+                there = at(inside, t, seqlen, EVEN)
                 u, step = xs[j], steps[j]
                 dy = tl.where(there, douts[j].to(tl.float32), 0.0)
                 if not CONSTANT_B:

@@ -10,10 +10,12 @@ from .tiles import (
     continues,
     load_operand,
     load_plane,
+    load_turn,
     operand_ptrs,
     sigmoid,
     step_of,
     store_plane,
+    token_of,
 )
 
 
@@ -26,7 +28,7 @@ def forward_kernel(
     stride_seq, stride_out, stride_kept,
     SOFTPLUS: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
     STATE: tl.constexpr, STATES: tl.constexpr, BLOCK_DIM: tl.constexpr, RUNS: tl.constexpr,
-    CHUNK: tl.constexpr, TOKENS: tl.constexpr,
+    CHUNK: tl.constexpr, TOKENS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """A tile of channels of one active sample, through one segment of its tokens.
 
@@ -38,7 +40,7 @@ def forward_kernel(
     if sample < 0:
         return
     tile = tl.program_id(0)
-    columns, inside = channels_of(tile, dim, run, BLOCK_DIM, RUNS)
+    columns, inside = channels_of(tile, dim, run, BLOCK_DIM, RUNS, EVEN)
     channels = tl.where(inside, columns, 0)
     n = tl.arange(0, STATES)
     held = (n < STATE)[:, None] & inside[None, :]
@@ -68,38 +70,40 @@ def forward_kernel(
         D = tl.load(D_ptr + channels * stride_d).to(tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + channels * stride_bias).to(tl.float32)
-    u_ptrs = u_ptr + sample * stride_u[0] + channels * stride_u[2]
-    delta_ptrs = delta_ptr + sample * stride_delta[0] + channels * stride_delta[2]
-    if z_ptr is not None:
-        z_ptrs = z_ptr + sample * stride_z[0] + channels * stride_z[2]
-    out_ptrs = out_ptr + sample * stride_out + columns
-    kept_ptr += sample * stride_kept
-
     last = seqlen - 1
     start = tl.program_id(2).to(tl.int64) * segment
     stop = tl.minimum(start + segment, seqlen)
+    u_ptrs = u_ptr + sample * stride_u[0] + channels * stride_u[2]
+    delta_ptrs = delta_ptr + sample * stride_delta[0] + channels * stride_delta[2]
+    streams, pitches = (u_ptrs, delta_ptrs), (stride_u[1], stride_delta[1])
+    if z_ptr is not None:
+        streams += (z_ptr + sample * stride_z[0] + channels * stride_z[2],)
+        pitches += (stride_z[1],)
+    out_ptrs = out_ptr + sample * stride_out + columns
+    kept_ptr += sample * stride_kept
+
+    turn = load_turn(streams, pitches, start, last, TOKENS, EVEN)
     while start < stop:
         kept = kept_ptr + start // CHUNK * STATE * dim
         store_plane(kept, h, dim, columns, held)
         first = start
         while first < tl.minimum(start + CHUNK, stop):
-            us, deltas, zs, bs, cs, same, outs = (), (), (), (), (), (), ()
+            bs, cs, same, outs = (), (), (), ()
             for j in tl.static_range(TOKENS):
-                t = tl.minimum(first + j, last)
-                us += (tl.load(u_ptrs + t * stride_u[1]),)
-                deltas += (tl.load(delta_ptrs + t * stride_delta[1]),)
+                t = token_of(first, j, last, EVEN)
                 if not CONSTANT_B:
                     bs += (load_operand(b_ptrs, t, stride_b, STATE, STATES, RUNS),)
                 if not CONSTANT_C:
                     cs += (load_operand(c_ptrs, t, stride_c, STATE, STATES, RUNS),)
-                if z_ptr is not None:
-                    zs += (tl.load(z_ptrs + t * stride_z[1]),)
                 if seq_idx_ptr is not None:
                     same += (continues(seq_idx_ptr, stride_seq, sample, first + j, last),)
+            # What no other program has brought near is loaded a turn early
+            after = tl.where(first + TOKENS < seqlen, first + TOKENS, first)
+            ahead = load_turn(streams, pitches, after, last, TOKENS, EVEN)
             for j in tl.static_range(TOKENS):
-                there = at(inside, first + j, seqlen)
-                u = us[j].to(tl.float32)
-                step, _ = step_of(deltas[j], bias, there, SOFTPLUS)
+                there = at(inside, first + j, seqlen, EVEN)
+                u = turn[j].to(tl.float32)
+                step, _ = step_of(turn[TOKENS + j], bias, there, SOFTPLUS)
                 drive = tl.where(there, step * u, 0.0)
                 if not CONSTANT_B:
                     b = beside_states(bs[j])
@@ -112,12 +116,13 @@ def forward_kernel(
                 if D_ptr is not None:
                     y += D * u
                 if z_ptr is not None:
-                    z = zs[j].to(tl.float32)
+                    z = turn[2 * TOKENS + j].to(tl.float32)
                     y *= z * sigmoid(z)
                 outs += (y.to(out_ptr.dtype.element_ty),)
             for j in tl.static_range(TOKENS):
                 t = first + j
-                tl.store(out_ptrs + t * dim, outs[j], mask=at(inside, t, seqlen))
+                tl.store(out_ptrs + t * dim, outs[j], mask=at(inside, t, seqlen, EVEN))
+            turn = ahead
             first += TOKENS
         start += CHUNK
 

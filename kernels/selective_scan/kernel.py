@@ -1,10 +1,11 @@
 """Triton kernels and launchers: a program sweeps a tile of channels through the tokens.
 
-The states of a tile live in registers, a lane for each channel, so that a token costs each of them
-one exp2 and no shuffle; with more than 16 states, warps share them, and add up their parts of the
-output. The forward pass keeps the state before each chunk of CHUNK tokens, in float32. The backward
-pass goes through the chunks from the last to the first, replays each from the state it keeps, and
-then sweeps it in reverse. Shares of dB and dC are added up in one order, so the same bits come out.
+The states of a tile live in registers, one or two channels to a lane, so that a token costs each of
+them one exp2 and no shuffle; with more than 16 states, warps share them, and add up their parts of
+the output. The forward pass keeps the state before each chunk of CHUNK tokens, in float32. The
+backward pass goes through the chunks from the last to the first, replays each from the state it
+keeps, and then sweeps it in reverse. Shares of dB and dC are added up in one order, so the same
+bits come out.
 
 Where too few channels fill the GPU, the length is split as well: `local_kernel` sweeps each segment
 from zeros, `carry_kernel` takes the states across the segments, for twice the exp2.
@@ -59,6 +60,7 @@ def configure(
     batch, seqlen, dim = u.shape
     width = width_of(states, backward)
     shared = runs_of(run, dim, width) == 1
+    wide = u.element_size() > 2
     facts = {
         "dtype": str(u.dtype), "states": states, "run": width if shared else run,
         "varying": varying, "gated": gated, "packed": packed,
@@ -66,7 +68,7 @@ def configure(
     # What is larger counts as no larger: by then a GPU is full, and loops are long
     sizes = {"channels": min(batch * dim, 65536), "seqlen": min(seqlen, 16384)}
     kernel = f"selective_scan.{'backward' if backward else 'forward'}"
-    untuned = heuristic(states, backward, shared and varying, wide=u.element_size() > 2)
+    untuned = heuristic(states, backward, shared and varying, wide, batch * dim, run)
     chosen = configs.choose(kernel, facts, sizes, untuned)
     if CHUNK % chosen["TOKENS"]:
         raise ValueError(f"TOKENS of {kernel} must divide {CHUNK}, got {chosen['TOKENS']}")
@@ -76,18 +78,23 @@ def configure(
     return options
 
 
-def heuristic(states: int, backward: bool, light: bool, wide: bool) -> dict[str, int]:
+def heuristic(
+    states: int, backward: bool, light: bool, wide: bool, channels: int, run: int
+) -> dict[str, int]:
     """What a launch takes untuned. Found by compiling offline.
 
     light: whether the channels of a tile share both B and C, which both vary; otherwise they need
-    registers of their own. wide: whether inputs have more than 16 bits.
+    registers of their own. wide: whether inputs have more than 16 bits. channels: of all samples
+    together. run: consecutive channels that share both.
     """
     width = width_of(states, backward)
+    if not backward and light and not wide and states <= 16 and run % (2 * width) == 0:
+        # Two channels to a lane share what B and C take, as long as every scheduler has a warp
+        if channels > 2 * width * 4 * processors():
+            return {"BLOCK_DIM": 2 * width, "TOKENS": 2, "num_warps": 1}
     tokens = 4 if light and states < 64 else 2
-    if backward:
+    if backward or states > 128 or arch() < 90:
         tokens //= 2
-    elif wide or arch() < 90:
-        tokens = 2
     return {
         "BLOCK_DIM": width,
         "TOKENS": tokens,
@@ -117,7 +124,8 @@ class Cut(NamedTuple):
     """How channels and tokens are cut into programs: tiles × samples × segments.
 
     run: consecutive channels that share both B and C. blocks: the shares of dB and dC that a token
-    has. segment: tokens. constants: those of all kernels.
+    has. segment: tokens. even: whether no lane is without a channel and no turn without a token.
+    constants: those of all kernels.
     """
 
     run: int
@@ -125,6 +133,7 @@ class Cut(NamedTuple):
     tiles: int
     segment: int
     segments: int
+    even: bool
     constants: dict[str, Any]
 
 
@@ -140,7 +149,8 @@ def cut(u: Tensor, A: Tensor, B: Tensor, C: Tensor, z, seq_idx, backward: bool) 
     tiles = triton.cdiv(blocks, runs)
     segment = segment_of(seqlen, batch * tiles * options["num_warps"])
     constants = {"STATE": A.shape[1], "RUNS": runs, **options}
-    return Cut(run, blocks, tiles, segment, triton.cdiv(seqlen, segment), constants)
+    even = runs == 1 and run % width == 0 and seqlen % options["TOKENS"] == 0
+    return Cut(run, blocks, tiles, segment, triton.cdiv(seqlen, segment), even, constants)
 
 
 def plane(weights: Tensor) -> Tensor:
@@ -218,7 +228,7 @@ def forward(
         u.stride(), delta.stride(), B.stride(), C.stride(), *strides(D, 1), strides(z, 3),
         *strides(delta_bias, 1), before_strides, strides(seq_idx, 2), out.stride(0), kept.stride(0),
         SOFTPLUS=delta_softplus, CONSTANT_B=B.ndim == 2, CONSTANT_C=C.ndim == 2,
-        CHUNK=CHUNK, **pieces.constants,
+        CHUNK=CHUNK, EVEN=pieces.even, **pieces.constants,
     )  # fmt: skip
     return out, final_state, kept
 
@@ -263,7 +273,7 @@ def backward(
         *strides(D, 1), strides(z, 3), *strides(delta_bias, 1), strides(seq_idx, 2),
         strides(dz, 3), kept.stride(0),
         SOFTPLUS=delta_softplus, CONSTANT_B=B.ndim == 2, CONSTANT_C=C.ndim == 2,
-        CHUNK=CHUNK, ROWS=rows, **pieces.constants,
+        CHUNK=CHUNK, EVEN=pieces.even, ROWS=rows, **pieces.constants,
     )  # fmt: skip
     if count is not None:
         written = torch.arange(batch, device=u.device) < count

@@ -38,7 +38,7 @@ def local_kernel(
     if sample < 0:
         return
     tile = tl.program_id(0)
-    columns, inside = channels_of(tile, dim, run, BLOCK_DIM, RUNS)
+    columns, inside = channels_of(tile, dim, run, BLOCK_DIM, RUNS, False)
     channels = tl.where(inside, columns, 0)
     n = tl.arange(0, STATES)
     held = (n < STATE)[:, None] & inside[None, :]
@@ -92,7 +92,7 @@ def local_kernel(
             token = start + done + j
             if REVERSE:
                 token = end - 1 - done - j
-            there = at(inside, token, seqlen)
+            there = at(inside, token, seqlen, False)
             step, _ = step_of(deltas[j], bias, there, SOFTPLUS)
             steps += step
             x = tl.where(there, xs[j].to(tl.float32), 0.0)
@@ -134,7 +134,7 @@ def carry_kernel(
     if sample < 0:
         return
     tile = tl.program_id(0)
-    columns, inside = channels_of(tile, dim, run, BLOCK_DIM, RUNS)
+    columns, inside = channels_of(tile, dim, run, BLOCK_DIM, RUNS, False)
     n = tl.arange(0, STATES)
     held = (n < STATE)[:, None] & inside[None, :]
 

@@ -44,11 +44,12 @@ def step_of(delta, bias, there, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def channels_of(tile, dim, run, BLOCK_DIM: tl.constexpr, RUNS: tl.constexpr):
+def channels_of(tile, dim, run, BLOCK_DIM: tl.constexpr, RUNS: tl.constexpr, EVEN: tl.constexpr):
     """A tile's channels, int64, and which of its lanes have one.
 
     A run is `run` consecutive channels that share both B and C. A tile lies within one run, or
-    covers RUNS short ones, each on a power of two lanes.
+    covers RUNS short ones, each on a power of two lanes. EVEN: every lane has a channel, and every
+    turn all its tokens, which saves what would ask.
     """
     lanes = tl.arange(0, BLOCK_DIM)
     if RUNS == 1:
@@ -59,7 +60,19 @@ def channels_of(tile, dim, run, BLOCK_DIM: tl.constexpr, RUNS: tl.constexpr):
         first = (tile * RUNS + lanes // (BLOCK_DIM // RUNS)).to(tl.int64) * run
         offset = lanes % (BLOCK_DIM // RUNS)
         offset = tl.where(first < dim, offset, run)
-    return first + offset, offset < run
+    inside = offset < run
+    if EVEN:
+        inside = tl.full([BLOCK_DIM], 1, tl.int1)
+    return first + offset, inside
+
+
+@triton.jit
+def token_of(first, j, last, EVEN: tl.constexpr):
+    """The j-th token from the first of a turn; the last that there is, where there are no more."""
+    t = first + j
+    if not EVEN:
+        t = tl.minimum(t, last)
+    return t
 
 
 @triton.jit
@@ -76,9 +89,24 @@ def store_plane(ptr, plane, dim, columns, held):
 
 
 @triton.jit
-def at(inside, t, seqlen):
+def load_turn(ptrs, pitches, first, last, TOKENS: tl.constexpr, EVEN: tl.constexpr):
+    """TOKENS tokens of several tensors, one tensor behind the other.
+
+    ptrs, pitches: of each, where the sample's first token begins, and the stride of a token.
+    """
+    turn = ()
+    for i in tl.static_range(len(ptrs)):
+        for j in tl.static_range(TOKENS):
+            turn += (tl.load(ptrs[i] + token_of(first, j, last, EVEN) * pitches[i]),)
+    return turn
+
+
+@triton.jit
+def at(inside, t, seqlen, EVEN: tl.constexpr):
     """`inside`, where there is a token t. The interpreter splats numbers, but no truth values."""
-    return inside & (tl.full(inside.shape, t, tl.int64) < seqlen)
+    if not EVEN:
+        inside = inside & (tl.full(inside.shape, t, tl.int64) < seqlen)
+    return inside
 
 
 @triton.jit
@@ -139,9 +167,24 @@ def stacked(upper, lower):
 
 
 @triton.jit
+def widened(x):
+    """x in float32.
+
+    Of the bfloat16 in the upper half of a register one instruction makes a float32, which clears
+    the lower half. Compilers see it where bits are shifted, and take two where they are converted.
+    """
+    if x.dtype == tl.bfloat16:
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32)
+        wide = (bits << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = x.to(tl.float32)
+    return wide
+
+
+@triton.jit
 def beside_states(operand):
     """A token's B or C as it was loaded, in a form that goes with [STATES, BLOCK_DIM]."""
-    operand = operand.to(tl.float32)
+    operand = widened(operand)
     if len(operand.shape) == 1:
         operand = operand[:, None]
     return operand

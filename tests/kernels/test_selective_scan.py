@@ -98,6 +98,7 @@ def split(monkeypatch):
         (2, 9, 12, 5, (4, 0)),
         (1, 35, 40, 3, (0, 0)),
         (2, 5, 4, 256, (1, 2)),
+        (2, 36, 64, 4, (2, 1)),  # no lane without a channel, no turn without a token
     ],
 )
 def test_agrees_with_float64(impl, dtype, batch, seqlen, dim, states, groups):
@@ -105,6 +106,20 @@ def test_agrees_with_float64(impl, dtype, batch, seqlen, dim, states, groups):
     exact = run(doubled(tensors), "reference", delta_softplus=True)
     plain = run(tensors, "reference", delta_softplus=True)
     assert_within_budget(run(tensors, impl, delta_softplus=True), exact, plain)
+
+
+@only_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("seqlen, dim, groups", [(36, 128, 1), (37, 128, 2), (34, 192, 1)])
+def test_two_channels_to_a_lane(impl, dtype, seqlen, dim, groups, monkeypatch):
+    monkeypatch.setattr(kernel, "processors", lambda: 0)  # any number of channels fills them
+    tensors = make(1, seqlen, dim, 5, (groups, groups), dtype)
+    options = {"delta_softplus": True, "seq_idx": (torch.arange(seqlen)[None] > 18).int()}
+    pieces = kernel.cut(*(tensors[name] for name in "uABCz"), None, backward=False)
+    assert pieces.constants["BLOCK_DIM"] == 64 and pieces.even == (seqlen % 2 == 0)
+    exact = run(doubled(tensors), "reference", **options)
+    plain = run(tensors, "reference", **options)
+    assert_within_budget(run(tensors, impl, **options), exact, plain)
 
 
 @only_triton
