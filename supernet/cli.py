@@ -6,6 +6,7 @@ CONFIG is a YAML file; overrides name nested keys with dots and take YAML values
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,12 +68,12 @@ def evaluate(path: Path | None, overrides: Sequence[str]) -> None:
     from .data import build_data
     from .devices import device_of
     from .evaluate import evaluate_model
-    from .run_folder import checkpoint_of, latest_checkpoint
+    from .run_folder import latest_checkpoint
 
     config = load_config(path, overrides, EvaluationConfig)
     options = config.training
     wanted = config.checkpoint
-    model = load_checkpoint(checkpoint_of(wanted) if wanted else latest_checkpoint(config.output))
+    model = load_checkpoint(wanted or latest_checkpoint(config.output))
     check_evaluation(config, model.config)
     batches = build_data(config.data, config.seed).evaluation(
         options.evaluation_batches, options.batch_size
@@ -167,7 +168,8 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
-    Returns 0 where it succeeded, 2 where its configuration or a file is wrong, 130 on Ctrl-C.
+    Returns 0 where it succeeded, 2 where its configuration or a file is wrong, 130 on Ctrl-C, 141
+    where nobody reads what it prints any more.
     """
     parser = argparse.ArgumentParser(prog="tossup", description=__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=f"tossup {__version__}")
@@ -180,6 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads what is printed, as head does, has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print(f"tossup {options.command}: stopped; the same command goes on", file=sys.stderr)
         return 130

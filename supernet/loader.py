@@ -125,14 +125,26 @@ def sentence(key: str, details: Sequence[Any]) -> str:
     return f"{prefix}{wrong}, got {first['input']!r}"
 
 
-def describe(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """One line for each key that a configuration takes: its name, default and meaning."""
+def describe(
+    kind: type[BaseModel], prefix: str = "", places: dict[type[BaseModel], str] | None = None
+) -> Iterator[str]:
+    """One line for each key that a configuration takes: its name, default and meaning.
+
+    places: the configurations that were described before, and where; those get a single line.
+    """
+    places = {} if places is None else places
     for name, field in kind.model_fields.items():
         key = prefix + name
         inner = list(configurations_in(field.annotation))
         for config in inner:
             place = f"{key}.NAME." if get_origin(field.annotation) is dict else f"{key}."
-            yield from describe(config, place)
+            if config in places:
+                of_type = config.model_fields.get("type")
+                note = "" if of_type is None else f", with type {get_args(of_type.annotation)[0]}"
+                yield f"{place}*: as {places[config]}*{note}"
+            else:
+                places[config] = place
+                yield from describe(config, place, places)
         if not inner:
             default = "required" if field.is_required() else in_yaml(field.default)
             choices = [value for value in get_args(field.annotation) if isinstance(value, str)]

@@ -60,7 +60,7 @@ class ConvertConfig(Config):
 
 def convert(config: ConvertConfig) -> Path:
     """Read a checkpoint, fix its placement if one is given, write it, and return where it is."""
-    model = load_checkpoint(checkpoint_of(config.input))
+    model = load_checkpoint(config.input)
     placement = config.placement
     if isinstance(placement, Path):
         placement = placement_of_result(placement, model.config)
@@ -71,9 +71,10 @@ def convert(config: ConvertConfig) -> Path:
 def load_checkpoint(path: Path | str, dispatch: Dispatch = "host") -> SupernetModel:
     """The model of a checkpoint's folder; its config.json says in which format it is.
 
+    path: of a checkpoint, or of a run, whose newest checkpoint it is then.
     Raises ConfigError where the format is unknown, or holds what a model of ours cannot.
     """
-    folder = Path(path)
+    folder = checkpoint_of(Path(path))
     recover_directory(folder)
     settings = read_json(folder / "config.json")
     model_type = settings.get("model_type")

@@ -150,10 +150,10 @@ def test_a_configuration_of_other_keys_is_refused(file):
         choose(rows=64)
 
 
-def test_every_file_that_ships_can_be_read_and_is_named_by_its_gpu():
-    for path in configs.path_of("x").parent.glob("*.json"):
-        assert path.stem == configs.slug(json.loads(path.read_text())["gpu"])
-        assert list(read(path))
+@pytest.mark.parametrize("path", sorted(configs.path_of("x").parent.glob("*.json")))
+def test_every_file_that_ships_can_be_read_and_is_named_by_its_gpu(path):
+    assert path.stem == configs.slug(json.loads(path.read_text())["gpu"])
+    assert list(read(path))
 
 
 def attend(x, **options):

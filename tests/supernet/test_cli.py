@@ -169,6 +169,18 @@ def test_help_names_every_key(command, capsys):
     assert "\n  model.mixer.mixers.NAME.window_size: null  (tokens a query sees" in keys
     assert "\n  search.budgets: required" in keys and "\n  data.pairs: 8" in keys
     assert ("\n  checkpoint: null" in keys) == (command == "eval")
+    assert (
+        keys.count("d_conv: 4") == 2
+        and ".*: as model.mixer.mixers.NAME.*, with type mamba1" in keys
+    )
+
+
+def test_a_reader_that_has_enough_ends_it_without_a_word():
+    command = [sys.executable, "-m", "tossup.supernet", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_ctrl_c_is_one_line(trained, capsys, monkeypatch):
