@@ -4,17 +4,19 @@ PYTHON ?= python3
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench gate record clean
+.PHONY: help demo test test-oldest lint bench gate record clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 PACKAGE := .venv/package.stamp
 DEV := .venv/dev.stamp
 OLDEST := .venv/triton-3.6
+OLDEST_PIP := .venv-oldest/bin/python -m pip --disable-pip-version-check install --constraint .venv-oldest/constraints.txt
 
 help:
 	@echo "make demo   train a supernet, search it and export the best placement (runs/demo/)"
 	@echo "make test   run the tests"
+	@echo "make test-oldest   run them with the oldest torch and Triton that setup.py allows"
 	@echo "make lint   run ruff and mypy"
 	@echo "make bench  run the microbenchmarks, against peers, on the CPU"
 	@echo "make gate   fail where a kernel takes more, or got slower against its peers, than recorded"
@@ -27,6 +29,10 @@ demo: $(PACKAGE)
 
 test: $(DEV) $(OLDEST)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile tests
+
+# Compiling with that Triton is a part of `make test`.
+test-oldest: .venv-oldest/stamp
+	.venv-oldest/bin/python -m pytest --numprocesses auto --dist loadfile --ignore tests/autotune/test_inspection.py tests
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -44,7 +50,7 @@ record: $(DEV)
 	$(BIN)/python -m bench.table
 
 clean:
-	rm -rf .venv build dist tossup.egg-info
+	rm -rf .venv .venv-oldest build dist tossup.egg-info
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
@@ -73,4 +79,16 @@ $(DEV): $(PACKAGE)
 $(OLDEST): $(PACKAGE)
 	@echo "Setting up Triton 3.6, with which the kernels are compiled too"
 	@$(PIP) --quiet --no-deps --upgrade --target $@ triton==3.6.0
+	@touch $@
+
+# torch's CUDA build, which also runs on a CPU; others pin no Triton. The interpreter of Triton 3.6
+# takes no numpy from 2.4 on, and torch 2.11 no setuptools from 82 on.
+.venv-oldest/stamp: setup.py constraints.txt
+	@rm -rf .venv-oldest
+	@$(PYTHON) -m venv .venv-oldest
+	@grep -vE '^(torch|numpy|setuptools|fsspec|networkx|sympy)==' constraints.txt >.venv-oldest/constraints.txt
+	@$(OLDEST_PIP) torch==2.11.0 'numpy<2.4' 'setuptools<82'
+	@$(OLDEST_PIP) --quiet --editable '.[dev]'
+	@MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
+		$(OLDEST_PIP) --quiet --no-deps --no-build-isolation mamba-ssm kernels
 	@touch $@
