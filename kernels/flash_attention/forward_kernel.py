@@ -5,6 +5,7 @@ from ..dot import dot
 from ..routing.gate import active_sample
 from .tiles import (
     LN_2,
+    LOG2_E,
     dropped,
     key_range,
     load_tile,
@@ -27,15 +28,22 @@ def attend(
         j = n + tl.arange(0, BLOCK_N)
         k = load_tile(keys, n, window[1], HEAD_DIM, EDGE)  # [BLOCK_N, BLOCK_D]
         products = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
-        scores, _ = scores_of(products, i[:, None], j[None, :], window, scoring)
-        if EDGE:
-            seen = visible(i[:, None], j[None, :], window)
-            scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        base = higher
-        if EDGE:  # a query that has seen no key yet has no finite score to subtract
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - base[:, None])
+        if not EDGE and scoring[1] is None and scoring[2] is None:
+            # Scaled on the way into exp2, where it costs nothing
+            scale = scoring[0] * LOG2_E
+            higher = tl.maximum(top, tl.max(products, 1) * scale)
+            base = higher
+            weights = tl.exp2(products * scale - base[:, None])
+        else:
+            scores, _ = scores_of(products, i[:, None], j[None, :], window, scoring)
+            if EDGE:
+                seen = visible(i[:, None], j[None, :], window)
+                scores = tl.where(seen, scores, float("-inf"))
+            higher = tl.maximum(top, tl.max(scores, 1))
+            base = higher
+            if EDGE:  # a query that has seen no key yet has no finite score to subtract
+                base = tl.where(higher == float("-inf"), 0.0, higher)
+            weights = tl.exp2(scores - base[:, None])
         decay = tl.exp2(top - base)
         total = total * decay + tl.sum(weights, 1)
         top = higher
@@ -57,6 +65,7 @@ def forward_kernel(
 ):  # fmt: skip
     """A tile of queries of one head of one active sample; the last tile, the longest, goes first.
 
+    scale: not negative, so that the largest product has the largest score.
     stride_*: (batch, seqlen, heads, head_dim); of slopes (batch, heads), of lse (batch, heads,
     seqlen).
     """

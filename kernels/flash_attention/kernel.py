@@ -129,6 +129,8 @@ def forward(
 ):  # fmt: skip
     """into: out and lse, the memory for them."""
     check(q)
+    if scale < 0:  # exact, and so rare that the kernel need not know
+        q, scale = -q, -scale
     *_, seqlen_q, heads, head_dim = q.shape
     out, lse = into or (
         q.new_empty(q.shape),

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from bench import peers, record, table
 from tossup.autotune.races import WrongResult
@@ -108,6 +109,11 @@ def test_sources_come_from_the_newest_distribution(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it would build")
-def test_what_cannot_be_built_says_why(tmp_path):
+def test_what_cannot_be_built_says_why(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     for name in peers.EXTENSIONS:
-        assert peers.build(name, tmp_path, tmp_path) == "not built: torch sees no GPU"
+        said = peers.build(name, tmp_path, tmp_path)
+        assert said == "not built: torch sees no GPU, and TORCH_CUDA_ARCH_LIST names none"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    assert peers.build(name, tmp_path, tmp_path) == "not built: there is no nvcc"
