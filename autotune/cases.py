@@ -70,7 +70,8 @@ def scans() -> Iterator[Case]:
             launch = partial(scan, shape, dtype)
             yield Case("selective_scan", f"routed, {SHORT[dtype]}, {name}", launch)
     for name, shape in {
-        "8×4096×8192, state 16": (8, 4096, 8192, 16, 1),  # enough for two channels to a lane
+        "16×4096×8192, state 16": (16, 4096, 8192, 16, 1),  # enough for two channels to a lane
+        "8×4096×4096, state 8": (8, 4096, 4096, 8, 1),
         "8×4095×4100, state 16": (8, 4095, 4100, 16, 1),  # lanes without a channel, or a token
     }.items():
         yield Case("selective_scan", f"routed, bf16, {name}", partial(scan, shape, torch.bfloat16))

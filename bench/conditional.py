@@ -1,10 +1,12 @@
 """Mixers of any kind in one CUDA graph: each is the body of an IF node, which a flag turns on.
 
 torch has captured such nodes since 2.13 (`CUDAGraph.begin_capture_to_if_node`). What is in a body
-keeps its memory whether it runs or not, so a layer holds the sum over its mixers.
+keeps its memory whether it runs or not, so a layer holds the sum over its mixers. On a CPU branches
+stand for the nodes; these have not run yet, so compare the first replay with an eager step.
 """
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,11 +33,21 @@ def when(flag: Tensor, run: Callable[[], None]) -> None:
         graph = torch.cuda.CUDAGraph.get_currently_capturing_graph()  # type: ignore[attr-defined]
         graph.begin_capture_to_if_node(flag)
         try:
-            run()
+            # The body's own stream ends with it, but backward goes where forward was recorded
+            body, side = torch.cuda.current_stream(), side_stream(flag.device)
+            side.wait_stream(body)
+            with torch.cuda.stream(side):
+                run()
+            body.wait_stream(side)
         finally:
             graph.end_capture_to_conditional_node()
     elif flag.item():
         run()
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class _Conditional(torch.autograd.Function):

@@ -29,7 +29,7 @@ import torch
 import triton
 
 from bench import startup
-from bench.records import RESULTS, newest
+from bench.records import RESULTS, newest, newest_first
 from tossup.autotune.inspection import inspect
 from tossup.autotune.machine import name_of
 from tossup.autotune.races import OURS, race
@@ -222,18 +222,13 @@ def worker(checkout: Path, device: str) -> Iterator[Ask]:
 
 
 def recorded_revision(device: str) -> str:
-    """What the newest record of this machine's device was taken of."""
+    """The commit that this machine's device was last recorded at."""
     folder = RESULTS / slug(name_of(torch.device(device)))
-    try:
-        commit = newest(folder)["commit"]
-    except FileNotFoundError as error:
-        raise SystemExit(f"gate: --base last takes a record of this device: {error}") from error
-    if commit is None or commit.endswith("-dirty"):
-        raise SystemExit(
-            f"gate: --base last takes a record of a commit; the newest of {folder.name} is of "
-            f"{commit or 'none'}"
-        )
-    return commit
+    for record in newest_first(folder):
+        commit = record.get("commit")
+        if commit and not commit.endswith("-dirty"):
+            return commit
+    raise SystemExit(f"gate: --base last takes a record of a commit, and {folder} holds none")
 
 
 def compare_revisions(

@@ -1,6 +1,7 @@
 """Records of races: bench/results/<device>/<time>.json, one for each run, never rewritten."""
 
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,14 @@ def write_record(record: dict[str, Any], results: Path = RESULTS) -> Path:
 
 def newest(folder: Path) -> dict[str, Any]:
     """The last record of one device; FileNotFoundError where there is none."""
-    paths = sorted(folder.glob("*.json"))
-    if not paths:
-        raise FileNotFoundError(f"{folder} holds no record")
-    return json.loads(paths[-1].read_text("utf-8"))
+    for record in newest_first(folder):
+        return record
+    raise FileNotFoundError(f"{folder} holds no record")
+
+
+def newest_first(folder: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted(folder.glob("*.json"), reverse=True):
+        yield json.loads(path.read_text("utf-8"))
 
 
 def rounded(value: Any) -> Any:

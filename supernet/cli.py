@@ -182,9 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads what is printed, as head does, has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(end="", flush=True)
+    except BrokenPipeError:
+        if is_read():
+            raise
         return 141
     except KeyboardInterrupt:
         print(f"tossup {options.command}: stopped; the same command goes on", file=sys.stderr)
@@ -199,6 +200,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tossup {options.command}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
+
+
+def is_read() -> bool:
+    """Whether anybody still reads what is printed. If not, as behind `head`, it goes nowhere."""
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def add_configured(commands: Any, name: str, command: Command, module: str, config: str) -> None:

@@ -47,6 +47,9 @@ class Ranks:
         if self.count == 1:
             return
         for parts in messages(tensors):
+            if len(parts) == 1 and parts[0].is_contiguous():
+                dist.all_reduce(parts[0])
+                continue
             message = torch.cat([part.flatten() for part in parts])
             dist.all_reduce(message)
             sums = message.split([part.numel() for part in parts])
@@ -71,13 +74,15 @@ def messages(tensors: Sequence[Tensor], size: int = MESSAGE) -> Iterator[list[Te
     """Tensors of one dtype and of `size` bytes at most, or one that is larger; in one order."""
     for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
         parts: list[Tensor] = []
+        taken = 0
         for tensor in tensors:
             if tensor.dtype != dtype:
                 continue
-            if parts and sum(part.nbytes for part in parts) + tensor.nbytes > size:
+            if parts and taken + tensor.nbytes > size:
                 yield parts
-                parts = []
+                parts, taken = [], 0
             parts.append(tensor)
+            taken += tensor.nbytes
         yield parts
 
 

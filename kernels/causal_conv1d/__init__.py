@@ -56,7 +56,14 @@ def causal_conv1d(
         from .ops import causal_conv1d_op
 
         out, final_state = causal_conv1d_op(
-            x, weight, bias, initial_state, seq_idx, *tensors_of(route, len(x)), activation, chosen
+            x,
+            weight,
+            bias,
+            initial_state,
+            seq_idx,
+            *tensors_of(route, x.shape[0]),
+            activation,
+            chosen,
         )
     return (out, final_state) if return_final_state else out
 

@@ -61,7 +61,7 @@ def causal_conv1d_update(
 
             out = causal_conv1d_update_op(
                 tokens, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices,
-                *tensors_of(route, len(x)), chosen,
+                *tensors_of(route, x.shape[0]), chosen,
             )  # fmt: skip
     return out if x.ndim == 3 else out.squeeze(1)
 

@@ -166,7 +166,7 @@ def check_tensors(
 
 
 def batch_of(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
-    return len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    return q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
 
 
 def check_slopes(q: Tensor, slopes: Tensor | None, cu_seqlens_q: Tensor | None) -> None:

@@ -41,7 +41,7 @@ def linear(
         return linear_reference(x, weight, bias, route)
     from .ops import linear_op
 
-    return linear_op(x, weight, bias, *tensors_of(route, len(x)), chosen)
+    return linear_op(x, weight, bias, *tensors_of(route, x.shape[0]), chosen)
 
 
 def linear_into(
@@ -73,7 +73,7 @@ def linear_into(
             return
         from .ops import linear_into_op
 
-        linear_into_op(out, x, weight, bias, accumulate, *tensors_of(route, len(x)), chosen)
+        linear_into_op(out, x, weight, bias, accumulate, *tensors_of(route, x.shape[0]), chosen)
 
 
 def weight_gradient_into(
@@ -117,7 +117,7 @@ def weight_gradient_into(
             from .ops import linear_weight_gradient_into_op
 
             linear_weight_gradient_into_op(
-                grad, dout, x, bias_grad, written, *tensors_of(route, len(x)), chosen
+                grad, dout, x, bias_grad, written, *tensors_of(route, x.shape[0]), chosen
             )
             return
         dout, x = take(route, dout), take(route, x)

@@ -35,7 +35,7 @@ def repeat_groups(
         return repeat_groups_reference(x, group, repeats, route)
     from .ops import repeat_groups_op
 
-    return repeat_groups_op(x, group, repeats, *tensors_of(route, len(x)), impl)
+    return repeat_groups_op(x, group, repeats, *tensors_of(route, x.shape[0]), impl)
 
 
 def check(x: Tensor, group: int, repeats: int) -> None:

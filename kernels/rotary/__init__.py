@@ -62,7 +62,7 @@ def rotary(
         return rotary_reference(x, cos, sin, interleaved, route)
     from .ops import rotary_op
 
-    return rotary_op(x, cos, sin, interleaved, *tensors_of(route, len(x)), impl)
+    return rotary_op(x, cos, sin, interleaved, *tensors_of(route, x.shape[0]), impl)
 
 
 def check_tensors(x: Tensor, cos: Tensor, sin: Tensor) -> None:

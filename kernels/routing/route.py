@@ -35,7 +35,8 @@ def tensors_of(route: Route | None, batch: int) -> tuple[Tensor | None, Tensor |
         return None, None
     if route.samples.shape != (batch,):
         raise ValueError(
-            f"route must be of {batch} samples, as the tensors are, got {len(route.samples)}"
+            f"route must be of {batch} samples, as the tensors are, got samples of shape "
+            f"{tuple(route.samples.shape)}"
         )
     return route.count, route.samples
 
@@ -47,7 +48,7 @@ def snapshot(count: Tensor | None, samples: Tensor | None) -> tuple[Tensor | Non
 
 def take(route: Route | None, tensor: Tensor) -> Tensor:
     """The route's samples of a (batch, …) tensor; all of them where there is no route."""
-    return tensor[rows_of(*tensors_of(route, len(tensor)))] if route is not None else tensor
+    return tensor[rows_of(*tensors_of(route, tensor.shape[0]))] if route is not None else tensor
 
 
 def put(route: Route | None, rows: Tensor, batch: int) -> Tensor:

@@ -77,8 +77,8 @@ def selective_scan(
         from .ops import selective_scan_op
 
         out, final_state, _ = selective_scan_op(
-            u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, *tensors_of(route, len(u)),
-            delta_softplus, chosen,
+            u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx,
+            *tensors_of(route, u.shape[0]), delta_softplus, chosen,
         )  # fmt: skip
     return (out, final_state) if return_final_state else out
 

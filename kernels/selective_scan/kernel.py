@@ -62,7 +62,7 @@ def configure(
     shared = runs_of(run, dim, width) == 1
     wide = u.element_size() > 2
     facts = {
-        "dtype": str(u.dtype), "states": states, "run": width if shared else run,
+        "dtype": str(u.dtype), "states": states, "run": math.gcd(run, 128) if shared else run,
         "varying": varying, "gated": gated, "packed": packed,
     }  # fmt: skip
     # What is larger counts as no larger: by then a GPU is full, and loops are long
@@ -74,7 +74,7 @@ def configure(
         raise ValueError(f"TOKENS of {kernel} must divide {CHUNK}, got {chosen['TOKENS']}")
     options = {"STATES": states, **chosen}
     if backward and states <= 8:
-        options["maxnreg"] = 168  # or ptxas aims at 128 registers, and spills a few
+        options["maxnreg"] = 224  # or ptxas aims at 128 registers, and spills a few
     return options
 
 
@@ -88,10 +88,10 @@ def heuristic(
     together. run: consecutive channels that share both.
     """
     width = width_of(states, backward)
-    if not backward and light and not wide and states <= 16 and run % (2 * width) == 0:
-        # Two channels to a lane share what B and C take, as long as every scheduler has a warp
-        if channels > 2 * width * 4 * processors():
-            return {"BLOCK_DIM": 2 * width, "TOKENS": 2, "num_warps": 1}
+    even = run % (2 * width) == 0 and states <= 16 and arch() >= 90
+    if even and light and not wide and not backward and channels >= 2 * width * 8 * processors():
+        # So many that warps are left: two channels to a lane share what B and C take
+        return {"BLOCK_DIM": 2 * width, "TOKENS": 2, "num_warps": 1}
     tokens = 4 if light and states < 64 else 2
     if backward or states > 128 or arch() < 90:
         tokens //= 2

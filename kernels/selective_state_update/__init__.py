@@ -53,7 +53,7 @@ def selective_state_update(
 
             return selective_state_update_op(
                 state, x, dt, A, B, C, D, z, dt_bias, dt_softplus,
-                *tensors_of(route, len(x)), chosen,
+                *tensors_of(route, x.shape[0]), chosen,
             )  # fmt: skip
         rows = slice(None) if route is None else rows_of(route.count, route.samples)
         before, token, step, b, c = (take(route, t) for t in (state, x, dt, B, C))

@@ -163,21 +163,22 @@ def test_a_worker_times_the_package_of_its_checkout():
         assert "takes the keys" in ask(request | {"values": {"no": 1}})["error"]
 
 
-def test_the_last_record_names_the_base(monkeypatch, tmp_path):
-    cpu, device = torch.device("cpu"), gate.name_of(torch.device("cpu"))
+def test_the_last_record_of_a_commit_names_the_base(monkeypatch, tmp_path):
     monkeypatch.setattr(gate, "RESULTS", tmp_path)
-    with pytest.raises(SystemExit, match=r"takes a record of this device: .* holds no record"):
-        gate.main(["--base", "last"])
     bases = []
     monkeypatch.setattr(gate, "compare_revisions", lambda base, *others: bases.append(base) or [])
-    for day, commit in ((1, "0123456789ab"), (2, "fedcba987654")):
-        about = new_record(cpu, []) | {"commit": commit, "time": f"2026-01-0{day}T00:00:00+00:00"}
-        write_record(about, tmp_path)
-        assert gate.main(["--base", "last", "--device", "cpu"]) == 0
-    assert bases == ["0123456789ab", "fedcba987654"]
-    write_record(about | {"commit": "abc-dirty", "time": "2026-01-03T00:00:00+00:00"}, tmp_path)
-    with pytest.raises(SystemExit, match=rf"takes a record of a commit.*{gate.slug(device)}"):
-        gate.main(["--base", "last"])
+    commits = ("abc-dirty", None, "0123456789ab", "fedcba987654", "def-dirty")
+    for day, commit in enumerate(commits, 1):
+        time = f"2026-01-0{day}T00:00:00+00:00"
+        write_record(
+            new_record(torch.device("cpu"), []) | {"commit": commit, "time": time}, tmp_path
+        )
+        if day < 3:
+            with pytest.raises(SystemExit, match=r"takes a record of a commit, and .* holds none"):
+                gate.main(["--base", "last", "--device", "cpu"])
+        else:
+            assert gate.main(["--base", "last", "--device", "cpu"]) == 0
+    assert bases == ["0123456789ab", "fedcba987654", "fedcba987654"]
 
 
 def test_a_worker_with_another_package_is_refused(tmp_path):
