@@ -222,6 +222,18 @@ def test_compiles_for_any_length_with_the_implementation_left_open(op, impl, mon
 
 
 @every_op
+def test_exports_with_a_batch_of_any_size(op):
+    class Exported(torch.nn.Module):
+        def forward(self, x):
+            return op(x, impl="cpu")
+
+    few, more = random(3, 5, DIM, dtype=torch.float32), random(4, 5, DIM, dtype=torch.float32)
+    sizes = {"x": {0: torch.export.Dim("batch", min=2, max=DIM - 1)}}
+    exported = torch.export.export(Exported(), (few,), dynamic_shapes=sizes, strict=False)
+    torch.testing.assert_close(exported.module()(more), op(more, impl="cpu"))
+
+
+@every_op
 @only_triton
 def test_triton_refuses_float64_in_a_sentence(op, impl):
     with pytest.raises(ValueError, match="float64 runs with impl='cpu' or 'reference'"):
