@@ -63,7 +63,7 @@ def backward_kernel(
     shares: (places, segments, ROWS, dim), float32: of dA, of dD and ddelta_bias, and of dB and dC
     where these are constant.
     stride_dh: of the gradient of the state behind a segment, (batch, segment, state, dim).
-    scratch: (programs, CHUNK / TOKENS, STATES, BLOCK_DIM), float32.
+    scratch: (programs, CHUNK / TOKENS, STATES, BLOCK_DIM), float32. EVEN: see `channels_of`.
     """
     sample = active_sample(count_ptr, samples_ptr, tl.program_id(1))
     if sample < 0:

@@ -34,7 +34,7 @@ def forward_kernel(
 
     A: (state, dim), float32, contiguous. final_state (batch, dim, state) is contiguous; out (batch,
     seqlen, dim) and kept (batch, chunks, state, dim) are within a sample.
-    stride_h: of the state before a segment, (batch, segment, state, dim).
+    stride_h: of the state before a segment, (batch, segment, state, dim). EVEN: see `channels_of`.
     """
     sample = active_sample(count_ptr, samples_ptr, tl.program_id(1))
     if sample < 0:
