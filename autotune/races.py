@@ -8,7 +8,7 @@ import torch
 from .machine import name_of
 from .peaks import PEAKS
 from .timing import (
-    SHORT,
+    WARM_BELOW,
     Call,
     CpuStopwatch,
     GpuStopwatch,
@@ -152,7 +152,7 @@ def record_of(
 
 def add_warm(record: dict[str, Any], calls: dict[str, Call], stopwatch: GpuStopwatch) -> None:
     """Times with a warm L2 cache, where they are short enough for that to tell."""
-    short = [name for name, e in record["entrants"].items() if e["median"] < SHORT]
+    short = [name for name, e in record["entrants"].items() if e["median"] < WARM_BELOW]
     if not short:
         return
     runs = {name: stopwatch.prepare(calls[name], warm=True) for name in short}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 2000
-LEVEL = 0.99  # of the interval: of cases that did not change, one in 200 lies below it
+LEVEL = 0.99  # of the interval; with twelve pairs one in a hundred unchanged cases lies below it
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 
 Call = Callable[[], Any]
 
-SHORT = 1e-4  # seconds, below which a call is also timed warm
+WARM_BELOW = 1e-4  # seconds, below which a call is also timed warm
 WARM_SECONDS = 2e-4  # that the calls of one warm run take together, at least
 MOST_REPEATS = 200
 FEW_REPEATS = 20

@@ -36,7 +36,7 @@ def train(path: Path | None, overrides: Sequence[str]) -> None:
 
 
 def search(path: Path | None, overrides: Sequence[str]) -> None:
-    """search the best placement of a trained supernet under CONFIG's budgets"""
+    """search for the best placement of a trained supernet under CONFIG's budgets"""
     from .search.run import run_search
 
     if "model" in read_values(path):
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns 0 where it succeeded, 2 where its configuration or a file is wrong, 130 on Ctrl-C, 141
-    where nobody reads what it prints any more.
+    where nobody reads what it prints any more. SystemExit where `bench` finds a wrong result.
     """
     parser = argparse.ArgumentParser(prog="tossup", description=__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=f"tossup {__version__}")

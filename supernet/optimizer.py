@@ -170,14 +170,14 @@ def check_written_once(model: nn.Module) -> None:
             places.append(f"{path}." if path else "")
             for parameter in module.mixers.parameters():
                 if owners.setdefault(parameter, module) is not module and parameter.requires_grad:
-                    raise shared(owners[parameter].layer, path)
+                    raise shared_parameter(owners[parameter].layer, path)
     for path, parameter in model.named_parameters(remove_duplicate=False):
         inside = any(path.startswith(place) for place in places)
         if parameter in owners and parameter.requires_grad and not inside:
-            raise shared(owners[parameter].layer, path)
+            raise shared_parameter(owners[parameter].layer, path)
 
 
-def shared(layer: int, path: str) -> ValueError:
+def shared_parameter(layer: int, path: str) -> ValueError:
     return ValueError(
         "dispatch='device' takes mixers that share no parameter that trains, but one of layer "
         f"{layer} is also in {path}"

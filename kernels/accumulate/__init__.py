@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Impl, resolve_impl
+from ..flags import check_written
 from ..routing import Route
 from .reference import accumulate_reference
 
@@ -46,6 +47,7 @@ def accumulate_into(
                     f"{name} must be contiguous and floating, got {tensor.dtype} with strides "
                     f"{tensor.stride()} and shape {tuple(tensor.shape)}"
                 )
+    check_written(written)
     if not totals:
         return
     chosen = resolve_impl(impl, totals[0].device)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .. import configs
 from ..precision import refuse_float64
-from ..target import arch
+from ..target import arch, refuse_more_samples_than_programs
 from .backward_kernel import dkdv_kernel, dq_kernel
 from .forward_kernel import forward_kernel
 
@@ -137,6 +137,7 @@ def forward(
         q.new_empty((*q.shape[:-3], heads, seqlen_q), dtype=torch.float32),
     )
     sequences = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    refuse_more_samples_than_programs(sequences)
     longest_q = seqlen_q if max_seqlen_q is None else max_seqlen_q
     busy = softcap != 0 or alibi_slopes is not None or dropout_seed is not None
     longest_k = k.shape[-3] if max_seqlen_k is None else max_seqlen_k

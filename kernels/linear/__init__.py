@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Impl, resolve_impl
+from ..flags import check_written
 from ..routing import Route, rows_of, take, tensors_of
 from .reference import gradients, linear_reference, products
 
@@ -107,10 +108,7 @@ def weight_gradient_into(
             f" dtype {x.dtype}, got {tuple(dout.shape)} in {dout.dtype}"
         )
     check_shapes(grad=(grad, (dout.shape[2], x.shape[2])), bias_grad=(bias_grad, (dout.shape[2],)))
-    if written is not None and (written.dtype != torch.int32 or written.ndim):
-        raise ValueError(
-            f"written must be int32 of shape (), got {written.dtype} of {tuple(written.shape)}"
-        )
+    check_written(written)
     chosen = resolve_impl(impl, x.device)
     with torch.no_grad():
         if chosen != "reference":

@@ -66,6 +66,13 @@ def test_without_a_sample_nothing_is_written(impl, times):
         ([torch.zeros(3)], [torch.zeros(3).int()], "gradients must be contiguous and floating"),
     ],
 )
-def test_refusals(totals, gradients, message):
+def test_what_does_not_fit_is_refused_in_a_sentence(totals, gradients, message):
     with pytest.raises(ValueError, match=message):
         accumulate_into(totals, gradients)
+
+
+@every_impl
+@pytest.mark.parametrize("written", [torch.tensor(0.5), torch.zeros(1, dtype=torch.int32)])
+def test_a_flag_of_another_kind_is_refused(impl, written):
+    with pytest.raises(ValueError, match="written must be int32 of shape"):
+        accumulate_into([torch.zeros(3)], [torch.ones(3)], written=written, impl=impl)

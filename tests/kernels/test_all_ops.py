@@ -240,7 +240,7 @@ def test_triton_refuses_float64_in_a_sentence(op, impl):
         op(random(1, 2, DIM), impl=impl)
 
 
-@pytest.mark.parametrize("op", [scan, convolve, turn, repeat], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("op", [attend, scan, convolve, turn, repeat], ids=lambda op: op.__name__)
 @only_triton
 def test_triton_refuses_more_samples_than_a_grid_holds(op, impl):
     x = torch.zeros(1, 1, DIM).expand(65536, -1, -1)
