@@ -43,7 +43,7 @@ def markdown(record: dict[str, Any]) -> str:
             more = f" {ours['tflops']:.0f} | {share} |" if ours["tflops"] else f" – | {share} |"
         case = f"{race['workload']}, {race['direction']}"
         for name, peer in peers or [("none", None)]:
-            theirs = f"{times(peer)} | {peer['ratio']:.2f} ×" if peer else "– | –"
+            theirs = f"{times(peer)} | {peer['ratio']:.3g} ×" if peer else "– | –"
             lines.append(f"| {case} | {times(ours)} | {name} | {theirs} |{more}")
     untimed = {
         f"{name} ({entrant['untimed']})"
