@@ -40,7 +40,7 @@ class AttentionConfig(Config):
     """Causal softmax attention with grouped key and value heads and rotary positions."""
 
     type: Literal["attention"]
-    heads: PositiveInt
+    heads: PositiveInt = Field(description="of the queries")
     kv_heads: PositiveInt | None = Field(None, description="defaults to heads")
     head_dim: PositiveInt | None = Field(None, description="defaults to hidden_size / heads")
     window_size: PositiveInt | None = Field(
@@ -73,20 +73,22 @@ class MambaConfig(Config):
     """
 
     type: Literal["mamba"]
-    d_inner: PositiveInt
+    d_inner: PositiveInt = Field(description="channels of the scan")
     d_xb: PositiveInt | None = Field(None, description="defaults to d_inner")
-    state_size: PositiveInt = 16
+    state_size: PositiveInt = Field(16, description="states of a channel")
     dt_rank: PositiveInt | Literal["auto"] = Field("auto", description="auto: hidden_size / 16, up")
-    d_conv: Annotated[int, Field(ge=2, le=4)] = 4
-    repeat_kv_before_conv: bool = True
-    conv_bias: bool = True
-    dt_proj_bias: bool = True
-    bias: bool = False
-    dt_min: PositiveFloat = 0.001
-    dt_max: PositiveFloat = 0.1
-    dt_scale: PositiveFloat = 1.0
-    dt_init_floor: PositiveFloat = 1e-4
-    dt_init: Literal["random", "constant"] = "random"
+    d_conv: Annotated[int, Field(ge=2, le=4)] = Field(4, description="taps of the convolution")
+    repeat_kv_before_conv: bool = Field(
+        True, description="repeat x to d_inner before the convolution, not after it"
+    )
+    conv_bias: bool = Field(True, description="of the convolution")
+    dt_proj_bias: bool = Field(True, description="of the projection to step sizes")
+    bias: bool = Field(False, description="of the projections in and out")
+    dt_min: PositiveFloat = Field(0.001, description="the least initial step size")
+    dt_max: PositiveFloat = Field(0.1, description="the largest initial step size")
+    dt_scale: PositiveFloat = Field(1.0, description="a factor on dt_proj's initial weights")
+    dt_init_floor: PositiveFloat = Field(1e-4, description="what no initial step size is below")
+    dt_init: Literal["random", "constant"] = Field("random", description="of dt_proj's weights")
 
     @model_validator(mode="after")
     def groups_divide(self) -> "MambaConfig":
@@ -107,15 +109,15 @@ class MambaConfig(Config):
 
 
 class Mamba1Config(Config):
-    """Mamba as in mamba_ssm.Mamba, with its arguments and defaults."""
+    """Mamba as in mamba_ssm.Mamba, with its defaults."""
 
     type: Literal["mamba1"]
-    d_state: PositiveInt = 16
-    d_conv: Annotated[int, Field(ge=2, le=4)] = 4
-    expand: PositiveInt = 2
-    dt_rank: PositiveInt | Literal["auto"] = "auto"
-    conv_bias: bool = True
-    bias: bool = False
+    d_state: PositiveInt = Field(16, description="states of a channel")
+    d_conv: Annotated[int, Field(ge=2, le=4)] = Field(4, description="taps of the convolution")
+    expand: PositiveInt = Field(2, description="channels of the scan, by hidden_size")
+    dt_rank: PositiveInt | Literal["auto"] = Field("auto", description="auto: hidden_size / 16, up")
+    conv_bias: bool = Field(True, description="of the convolution")
+    bias: bool = Field(False, description="of the projections in and out")
 
 
 PlainMixerConfig = Annotated[
@@ -137,9 +139,13 @@ class StochasticMixerConfig(Config):
         None, description="for weighted: a weight for each mixer, normalised to one"
     )
     main_mixer_name: str | None = Field(None, description="defaults to the first mixer")
-    predefined_layouts: tuple[tuple[str, ...], ...] = ()
-    predefined_layout_probabilities: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
-    seed_shift: int = SEED_SHIFT
+    predefined_layouts: tuple[tuple[str, ...], ...] = Field(
+        (), description="placements that are drawn whole, a mixer name for each layer"
+    )
+    predefined_layout_probabilities: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
+        (), description="of each of them, 1 at most together"
+    )
+    seed_shift: int = Field(SEED_SHIFT, description="added to the run's seed, for the draws alone")
     per_sample: bool = Field(False, description="each sample of a batch draws its own mixers")
     cheapest_mixer_name: str | None = Field(None, description="for sandwich, and required there")
 
@@ -253,17 +259,19 @@ MixerConfig = Annotated[
 class ModelConfig(Config):
     """A decoder: embedding, blocks of mixer and SwiGLU, norm, head."""
 
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    num_layers: PositiveInt
-    intermediate_size: PositiveInt
+    vocab_size: PositiveInt = Field(description="tokens")
+    hidden_size: PositiveInt = Field(description="channels of the residual stream")
+    num_layers: PositiveInt = Field(description="blocks")
+    intermediate_size: PositiveInt = Field(description="channels inside the MLP")
     mixer: MixerConfig
     placement: tuple[str, ...] | None = Field(
         None, description="one of the stochastic mixer's names per layer: an ordinary model"
     )
-    norm_eps: PositiveFloat = 1e-5
-    tie_embeddings: bool = False
-    initializer_range: PositiveFloat = 0.02
+    norm_eps: PositiveFloat = Field(1e-5, description="of the norms")
+    tie_embeddings: bool = Field(False, description="the head is the embedding")
+    initializer_range: PositiveFloat = Field(
+        0.02, description="standard deviation of initial weights"
+    )
 
     @model_validator(mode="after")
     def parts_fit(self) -> "ModelConfig":
@@ -301,21 +309,28 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class TrainingConfig(Config):
     """How a supernet is trained. Rates are per optimizer step, sizes in samples."""
 
-    steps: PositiveInt
+    steps: PositiveInt = Field(description="of the optimizer")
     batch_size: PositiveInt = Field(description="samples in a micro-batch, on each rank")
     accumulation: PositiveInt = Field(1, description="micro-batches in a step")
-    table_per: Literal["micro_batch", "step"] = "micro_batch"
+    table_per: Literal["micro_batch", "step"] = Field(
+        "micro_batch", description="what draws a mixer table of its own"
+    )
     table_per_rank: bool = Field(
         False, description="under torchrun, draw another table on each rank instead of one for all"
     )
-    learning_rate: PositiveFloat = 1e-3
-    final_learning_rate: NonNegativeFloat = 0.0
-    warmup_steps: NonNegativeInt = 0
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.1
-    clip_norm: PositiveFloat | None = 1.0
-    inactive: Literal["skip", "decay"] = "skip"
+    learning_rate: PositiveFloat = Field(1e-3, description="the peak")
+    final_learning_rate: NonNegativeFloat = Field(0.0, description="behind the cosine")
+    warmup_steps: NonNegativeInt = Field(0, description="in which the rate rises to its peak")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's")
+    eps: PositiveFloat = Field(1e-8, description="AdamW's")
+    weight_decay: NonNegativeFloat = Field(0.1, description="AdamW's, of matrices")
+    clip_norm: PositiveFloat | None = Field(
+        1.0, description="the largest norm of a step's gradients; null: any"
+    )
+    inactive: Literal["skip", "decay"] = Field(
+        "skip",
+        description="a mixer that no sample took is left alone, or its momentum and decay go on",
+    )
     init_from: Path | None = Field(
         None, description="a pretrained ordinary checkpoint, whose mixers the main mixers start as"
     )
@@ -331,17 +346,19 @@ class TrainingConfig(Config):
         description="launch each of a layer's mixers on a CUDA stream of its own, so that those of "
         "different samples overlap; with dispatch device",
     )
-    device: str = "cpu"
+    device: str = Field("cpu", description="cpu or cuda")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="bfloat16: training's matrix products under autocast, weights in float32; "
         "evaluation and search compute in the weights' dtype",
     )
-    log_every: PositiveInt = 10
-    evaluate_every: PositiveInt | None = None
-    evaluation_batches: PositiveInt = 8
-    checkpoint_every: PositiveInt = 500
-    keep_checkpoints: PositiveInt = 2
+    log_every: PositiveInt = Field(10, description="steps")
+    evaluate_every: PositiveInt | None = Field(
+        None, description="steps, and after the last; null: never"
+    )
+    evaluation_batches: PositiveInt = Field(8, description="of batch_size samples each")
+    checkpoint_every: PositiveInt = Field(500, description="steps")
+    keep_checkpoints: PositiveInt = Field(2, description="the newest ones")
 
     @model_validator(mode="after")
     def the_device_dispatches_where_it_must(self) -> "TrainingConfig":
@@ -362,8 +379,8 @@ class TrainingConfig(Config):
 class RunConfig(Config):
     """One file for training, search and evaluation."""
 
-    output: Path
-    seed: NonNegativeInt = 0
+    output: Path = Field(description="the run's folder")
+    seed: NonNegativeInt = Field(0, description="of weights, data and draws")
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig

@@ -30,11 +30,18 @@ class MQARConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["mqar"] = "mqar"
-    vocab_size: int = Field(default=8192, ge=4)
-    length: int = Field(default=64, ge=4)
-    pairs: int = Field(default=8, ge=1)
-    power_a: float = Field(default=0.01, gt=0, allow_inf_nan=False)
-    random_non_queries: bool = True
+    vocab_size: int = Field(
+        default=8192, ge=4, description="tokens; half of them are keys, half values"
+    )
+    length: int = Field(default=64, ge=4, description="tokens of a sample")
+    pairs: int = Field(default=8, ge=1, description="of key and value in a sample")
+    power_a: float = Field(
+        default=0.01,
+        gt=0,
+        allow_inf_nan=False,
+        description="exponent of the gaps between a pair and its query; 1: uniform",
+    )
+    random_non_queries: bool = Field(True, description="other positions hold random tokens, not 0")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

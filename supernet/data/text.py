@@ -31,11 +31,16 @@ class TextConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["text"] = "text"
-    paths: tuple[str, ...] = Field(min_length=1)
-    suffixes: tuple[str, ...] = (".txt",)
-    length: int = Field(default=256, ge=1)
-    held_out: float = Field(default=0.1, gt=0, lt=1)
-    max_bytes: int = Field(default=2**26, ge=1)
+    paths: tuple[str, ...] = Field(
+        min_length=1,
+        description="files, globs and folders; python-stdlib is the interpreter's own library",
+    )
+    suffixes: tuple[str, ...] = Field((".txt",), description="of the files that count in folders")
+    length: int = Field(default=256, ge=1, description="bytes of a sample")
+    held_out: float = Field(
+        default=0.1, gt=0, lt=1, description="the fraction of files that evaluation has for itself"
+    )
+    max_bytes: int = Field(default=2**26, ge=1, description="to load")
 
     @property
     def vocab_size(self) -> int:

@@ -26,16 +26,18 @@ class SearchConfig(BaseModel):
     budgets: list[StrictInt] | dict[str, StrictInt] = Field(
         description="layers of the first mixers in declared order, or by mixer name"
     )
-    method: Literal["beam", "exhaustive"] = "beam"
-    beam_width: PositiveInt = 12
-    initial_beam_width: PositiveInt = 12
+    method: Literal["beam", "exhaustive"] = Field(
+        "beam", description="exhaustive scores every placement"
+    )
+    beam_width: PositiveInt = Field(12, description="placements that go on to the next layer")
+    initial_beam_width: PositiveInt = Field(12, description="the same behind the first layer")
     early_stop: bool = Field(False, description="whether a budget may be left under-filled")
     early_stop_threshold: NonNegativeFloat = Field(
         0.001, description="the least improvement that one more layer has to bring, if early_stop"
     )
     exhaustive_limit: PositiveInt = Field(4096, description="placements; more are refused")
     score_metric: Literal["loss", "accuracy"] = Field(description="the metric to rank by")
-    higher_is_better: bool = True
+    higher_is_better: bool = Field(True, description="false for loss")
     batches: PositiveInt = Field(8, description="evaluation batches, the same for all placements")
     batch_size: PositiveInt = Field(16, description="samples in an evaluation batch")
     candidates_per_forward: PositiveInt = Field(

@@ -33,9 +33,7 @@ def test_a_table_has_a_line_for_each_peer_and_names_what_was_not_timed():
     lines = table.markdown(a_record()).splitlines()
     assert lines[0].startswith("NVIDIA H200; torch 2.11.0; 2026-01-02, commit abc.")
     assert lines[2].endswith("| peer / ours | ours, TFLOP/s | of the floor |")
-    assert lines[4] == (
-        "| linear batch=1, dgrad | 1 (0.5–2) | fast | 2 (1–4) | 2 × | 500 | 62% |"
-    )
+    assert lines[4] == ("| linear batch=1, dgrad | 1 (0.5–2) | fast | 2 (1–4) | 2 × | 500 | 62% |")
     assert lines[-1] == "Not timed: absent (not built: no nvcc); linear, wgrad (off by 1)."
     on_cpu = {"threads": 1, "cores": 2, "load": 0.75}
     of_cpu = table.markdown(a_record(**on_cpu)).splitlines()

@@ -162,6 +162,8 @@ def test_outputs_follow_the_run_and_convert_takes_a_run(trained, tmp_path):
 def test_help_names_every_key(command, capsys):
     assert main([command, "--help"]) == 0
     keys = capsys.readouterr().out.partition("keys:")[2]
+    unexplained = [line for line in keys.splitlines() if line and not line.endswith(")")]
+    assert all(re.search(r"type: \w+$|type \w+$", line) for line in unexplained)
     if command == "convert":
         assert "\n  input: required" in keys
         return
