@@ -7,6 +7,7 @@ import argparse
 import importlib
 import json
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -185,7 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(end="", flush=True)
     except BrokenPipeError:
         if is_read():
-            raise
+            raise  # of another pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is buffered
         return 141
     except KeyboardInterrupt:
         print(f"tossup {options.command}: stopped; the same command goes on", file=sys.stderr)
@@ -203,13 +205,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def is_read() -> bool:
-    """Whether anybody still reads what is printed. If not, as behind `head`, it goes nowhere."""
-    try:
-        print(end="", flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
-    return True
+    """Whether anybody still reads what is printed, as `head` does not in the end."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    return not any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def add_configured(commands: Any, name: str, command: Command, module: str, config: str) -> None:
