@@ -55,7 +55,7 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Of the checkout that this file is in, with "-dirty" behind it where files were changed. Where
+    """Of the checkout that this file is in, with "-dirty" appended where files were changed. Where
     it is in none, as in a copy or a wheel, what TOSSUP_COMMIT says, or None."""
     folder = Path(__file__).resolve().parent
     told = os.environ.get("TOSSUP_COMMIT")

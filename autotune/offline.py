@@ -267,10 +267,10 @@ def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def innermost_loops(code: list[Instruction], labels: dict[str, int]) -> list[tuple[int, int]]:
-    """Where code jumps back, from the target to behind the jump, if no other jump back is within.
+    """Where code jumps back, from the target to past the jump, if no other jump back is within.
 
-    A jump to itself, the padding behind a kernel's end, is no loop. Nor is the way back from code
-    that stands behind that end: an unconditional exit lies between.
+    A jump to itself, the padding past a kernel's end, is no loop. Nor is the way back from code
+    that stands past that end: an unconditional exit lies between.
     """
     ends = [
         place

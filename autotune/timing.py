@@ -1,9 +1,9 @@
 """How long calls take: on a CPU by the clock, on a GPU by events, in turns where they are compared.
 
 A GPU works through a queue. What is timed there is captured in a CUDA graph, so that the host costs
-nothing between kernels, and queued behind other work, so that the GPU never waits for the host
-between the two events. A cold run comes behind a write of twice the L2 cache, which leaves nothing
-else in it; a warm one behind the same calls.
+nothing between kernels, and queued after other work, so that the GPU never waits for the host
+between the two events. A cold run comes after a write of twice the L2 cache, which leaves nothing
+else in it; a warm one after the same calls.
 """
 
 import math
@@ -109,7 +109,7 @@ class GpuStopwatch:
         self.cuda.synchronize()
 
     def prepare(self, call: Call, warm: bool = False) -> Run:
-        """warm: as many calls as take WARM_SECONDS, behind as many; else one, behind a flush."""
+        """warm: as many calls as take WARM_SECONDS, after as many; else one, after a flush."""
         with self.here():
             for _ in range(3):  # compiles what is compiled at the first call
                 call()
@@ -159,7 +159,7 @@ def repeated(call: Call, times: int) -> Call:
 
 def take_turns(runs: Mapping[str, Run], rounds: int) -> dict[str, Timing]:
     """Every run once in each round, so that what slows the machine down slows all of them; each
-    round begins with another, so that none always runs behind the same one."""
+    round begins with another, so that none always runs after the same one."""
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):

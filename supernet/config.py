@@ -319,7 +319,7 @@ class TrainingConfig(Config):
         False, description="under torchrun, draw another table on each rank instead of one for all"
     )
     learning_rate: PositiveFloat = Field(1e-3, description="the peak")
-    final_learning_rate: NonNegativeFloat = Field(0.0, description="behind the cosine")
+    final_learning_rate: NonNegativeFloat = Field(0.0, description="after the cosine")
     warmup_steps: NonNegativeInt = Field(0, description="in which the rate rises to its peak")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's")
     eps: PositiveFloat = Field(1e-8, description="AdamW's")

@@ -103,7 +103,7 @@ class Run:
         return self.route.count, self.route.samples
 
     def fresh(self, name: str) -> Tensor:
-        """Memory like a tensor of the slot that nobody wrote, one sample behind the other."""
+        """Memory like a tensor of the slot that nobody wrote, one sample after the other."""
         return torch.empty_like(self.slot[name], memory_format=torch.contiguous_format)
 
     def linear(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -162,7 +162,7 @@ def aligned(size: int) -> int:
 
 
 def carve(slots: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """A mixer's tensors (batch, …), one behind the other in each sample's slot.
+    """A mixer's tensors (batch, …), one after the other in each sample's slot.
 
     slots: (batch, bytes), uint8.
     """
@@ -244,7 +244,7 @@ def runs(
 
 class Fork:
     """Branches of work on a GPU that may overlap: the first on the current stream, the others on
-    side streams, which begin behind what was launched before the fork.
+    side streams, which begin after what was launched before the fork.
 
     Memory that a branch allocates is its stream's. What outlives the branch is used after the join
     alone, and what is allocated in a later branch of that stream comes after the next fork, so no

@@ -64,8 +64,8 @@ def generate(
 ) -> Tensor:
     """The prompt (batch, seqlen) and what follows: up to max_new_tokens, or all rows' stops.
 
-    step: the logits (batch, vocab_size) behind the tokens it gets and all it got before. choose:
-    a token of each row by them. Rows are filled with `pad` behind a token of `stops`. look_every:
+    step: the logits (batch, vocab_size) after the tokens it gets and all it got before. choose:
+    a token of each row by them. Rows are filled with `pad` after a token of `stops`. look_every:
     after how many tokens the host asks the device whether every row has come to its stop.
     """
     batch, seqlen = prompt.shape

@@ -150,7 +150,7 @@ class SupernetModel(nn.Module):
         input_ids: (batch, seqlen). attention_mask: (batch, seqlen), zero in the padding, which
         stands on the left of shorter prompts; a row's result does not depend on it.
         max_new_tokens: how many to add, unless every row has come to an eos_token_id, one or
-        several, before. pad_token_id: what fills a row behind its eos; defaults to the (first) eos.
+        several, before. pad_token_id: what fills a row after its eos; defaults to the (first) eos.
         do_sample: draw each token, with `generator` or torch's own; otherwise take the likeliest.
         temperature divides the logits, top_k keeps so many of the likeliest tokens (None or 0:
         all), top_p the fewest whose probabilities reach it. placement: one mixer name per layer;

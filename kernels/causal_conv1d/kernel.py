@@ -155,7 +155,7 @@ def backward_kernel(
         weight_ptr, bias_ptr, stride_weight, stride_bias, channels, inside, WIDTH
     )
 
-    # The input from WIDTH - 1 tokens before to as many behind, each [BLOCK_T, BLOCK_DIM], and
+    # The input from WIDTH - 1 tokens before to as many after, each [BLOCK_T, BLOCK_DIM], and
     # which of them go on with the one before, each [BLOCK_T]
     xs, links = (), ()
     for place in tl.static_range(2 * WIDTH - 1):
@@ -286,7 +286,7 @@ def backward(
         *strides(bias, 1), strides(initial_state, 3), strides(seq_idx, 2), dx.stride(),
         SILU=activation == "silu", WIDTH=width, **options,
     )  # fmt: skip
-    if count is not None:  # places behind the route's last wrote nothing
+    if count is not None:  # places past the route's last wrote nothing
         written = torch.arange(batch, device=x.device) < count
         shares = torch.where(written[:, None, None, None], shares, 0.0)
     *taps, dbias = shares.sum((0, 1))

@@ -1,4 +1,4 @@
-"""Some steps of the causal convolution, for decoding: `tossup.causal_conv1d` behind a state."""
+"""One or more decoding steps of `tossup.causal_conv1d`, which go on from a state."""
 
 import torch
 from torch import Tensor

@@ -43,7 +43,7 @@ def update_kernel(
     state_ptrs = state_ptr + entry * stride_state[0] + channels * stride_state[2]
     held = state_ptr.dtype.element_ty
 
-    # In a ring the next token's place; otherwise as if it came behind the last place.
+    # In a ring the next token's place; otherwise as if it came after the last place.
     place = t + state_len
     if seqlens_ptr is not None:
         place = tl.load(seqlens_ptr + sample).to(tl.int64) % state_len + state_len
@@ -80,7 +80,7 @@ def update_kernel(
 
     if seqlens_ptr is None:
         kept = t * 0
-        while kept + seqlen < state_len:  # each place takes from one behind it, so none is lost
+        while kept + seqlen < state_len:  # each place takes from a later one, so none is lost
             behind = state_ptrs + (kept + seqlen) * stride_state[1]
             old = tl.load(behind, mask=inside, other=0.0)
             tl.store(state_ptrs + kept * stride_state[1], old, mask=inside)

@@ -1,3 +1,5 @@
+"""Tokens one by one: each meets what the state holds, and then shifts it or enters the ring."""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

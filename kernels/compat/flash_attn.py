@@ -124,7 +124,7 @@ def flash_attn_varlen_func(
 
     q: (total_q, heads, head_dim). k, v: (total_k, kv_heads, head_dim).
     cu_seqlens_q, cu_seqlens_k: int32 (sequences + 1,): sequence n of q is q[cu_seqlens_q[n] :
-        cu_seqlens_q[n + 1]]. What lies behind the last one is left unwritten.
+        cu_seqlens_q[n + 1]]. What lies past the last one is left unwritten.
     max_seqlen_q, max_seqlen_k: the longest sequences.
     alibi_slopes: (heads,) or (sequences, heads).
     return_attn_probs: softmax_lse is (heads, total_q).
@@ -369,7 +369,7 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, filled: int | Tensor, interleave
 
 
 def append(cache: Tensor, new: Tensor, filled: int | Tensor, entries: Tensor | None) -> None:
-    """Write (batch, count, …) into the cache behind what it holds, without reading a length."""
+    """Write (batch, count, …) into the cache after what it holds, without reading a length."""
     if entries is None:
         entries = torch.arange(len(new), device=new.device)
     at = places(filled, new.shape[1], new.device)

@@ -61,7 +61,7 @@ def flash_attention(
     dropout_seed: int64, shape (), on q's device: the same one drops the same weights, forward and
         backward, in all implementations. By default drawn from torch's generator of that device.
     cu_seqlens_q: int32 (sequences + 1,): sequence n of the packed q, (total_q, heads, head_dim),
-        is q[cu_seqlens_q[n] : cu_seqlens_q[n + 1]]. What lies behind the last sequence is left
+        is q[cu_seqlens_q[n] : cu_seqlens_q[n + 1]]. What lies past the last sequence is left
         unwritten in the results and gradients.
     cu_seqlens_k: the same for the packed k and v, (total_k, kv_heads, head_dim); cu_seqlens_q by
         default.

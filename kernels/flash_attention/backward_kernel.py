@@ -1,3 +1,5 @@
+"""The two passes of the backward: dq over the keys, dk and dv over the queries."""
+
 import triton
 import triton.language as tl
 
@@ -44,7 +46,7 @@ def gather_dq(
     dq, q, dout, lse, delta, keys, values, start, stop, i, window, scoring, dropout,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys from start to stop to dq. Unless EDGE, every query sees all of them."""
+    """Adds to dq what keys from start to stop give. Unless EDGE, every query sees all of them."""
     for n in tl.range(start, stop, BLOCK_N):
         j = n + tl.arange(0, BLOCK_N)
         # [BLOCK_N, BLOCK_D]
@@ -137,7 +139,7 @@ def gather_dkdv(
     dk, dv, k, v, queries, douts, base_ptr, delta_ptr, start, stop, j, seqlen_q,
     window, scoring, dropout, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Adds the queries from start to stop to dk and dv.
+    """Adds to dk and dv what the queries from start to stop give.
 
     The products are taken as k qᵀ, so that no accumulator is transposed on its way into the next.
     All tiles are masked: a second loop for those that need none takes more registers than there
@@ -148,7 +150,7 @@ def gather_dkdv(
         # [BLOCK_M, BLOCK_D]
         q = load_tile(queries, m, seqlen_q, HEAD_DIM, True)
         dout = load_tile(douts, m, seqlen_q, HEAD_DIM, True)
-        # [BLOCK_M], with weights of zero for queries behind the last
+        # [BLOCK_M], with weights of zero for queries past the last
         lse = tl.load(base_ptr + i, mask=i < seqlen_q, other=float("inf"))
         # [BLOCK_N, BLOCK_M]
         products, dweights = dot(k, tl.trans(q)), dot(v, tl.trans(dout))

@@ -1,3 +1,5 @@
+"""The forward pass: online softmax over tiles of keys."""
+
 import triton
 import triton.language as tl
 

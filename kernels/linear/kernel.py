@@ -311,7 +311,7 @@ def launch_options(tile: Tile, *names: str) -> dict[str, int]:
 
 
 def joined(count: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Without a route, samples that lie one behind the other are one long sample."""
+    """Without a route, samples that lie one after the other are one long sample."""
     if count is not None or any(
         x.shape[1] != 1 and x.stride(0) != x.shape[1] * x.stride(1) for x in tensors
     ):

@@ -18,7 +18,7 @@ __all__ = ["repeat_groups"]
 def repeat_groups(
     x: Tensor, group: int, repeats: int, *, route: Route | None = None, impl: Impl = "auto"
 ) -> Tensor:
-    """Repeat every group of `group` channels `repeats` times, each copy behind the other.
+    """Repeat every group of `group` channels `repeats` times, its copies side by side.
 
     x: (batch, seqlen, dim), float16, bfloat16, float32 or float64; any strides.
     group: channels of a group, a divisor of dim.

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def active_sample(count_ptr, samples_ptr, place):
-    """The sample in this place of the route, int64; -1 behind the last: then the program returns.
+    """The sample in this place of the route, int64; -1 after the last: then the program returns.
 
     Without a route (both pointers None), every place is its own sample. Kernels load nothing before
     they know their sample, so that a program without one costs a single load.

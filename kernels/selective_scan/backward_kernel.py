@@ -1,3 +1,5 @@
+"""The backward pass: each chunk is replayed, and then swept in reverse."""
+
 import triton
 import triton.language as tl
 
@@ -62,7 +64,7 @@ def backward_kernel(
     dB, dC: (batch, seqlen, blocks, state), float32, shares to be summed over the blocks of a group.
     shares: (places, segments, ROWS, dim), float32: of dA, of dD and ddelta_bias, and of dB and dC
     where these are constant.
-    stride_dh: of the gradient of the state behind a segment, (batch, segment, state, dim).
+    stride_dh: of the gradient of the state after a segment, (batch, segment, state, dim).
     scratch: (programs, CHUNK / TOKENS, STATES, BLOCK_DIM), float32. EVEN: see `channels_of`.
     """
     sample = active_sample(count_ptr, samples_ptr, tl.program_id(1))
@@ -175,7 +177,7 @@ def backward_kernel(
             first += TOKENS
         tl.debug_barrier()
 
-        # Sweep it in reverse: dh is the gradient of the state behind a token, then before it
+        # Sweep it in reverse: dh is the gradient of the state after a token, then before it
         while first > start:
             first -= TOKENS
             h = tl.load(scratch_ptr + (first - start) // TOKENS * STATES * BLOCK_DIM + by_slot)

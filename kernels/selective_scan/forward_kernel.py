@@ -1,3 +1,5 @@
+"""The forward pass: a sweep through the tokens."""
+
 import triton
 import triton.language as tl
 

@@ -165,9 +165,9 @@ def strides(tensor: Tensor | None, ndim: int) -> tuple[int, ...]:
 def at_edges(
     edge, x, delta, A, operand, z, delta_bias, seq_idx, count, samples, delta_softplus, cut, reverse
 ):
-    """The state before each segment or, reversed, the gradient of that behind it; and its strides.
+    """The state before each segment or, reversed, the gradient of that after it; and its strides.
 
-    edge: what is there before the first segment or behind the last, (batch, dim, state).
+    edge: what is there before the first segment or after the last, (batch, dim, state).
     A, operand: as the kernels read them.
     """
     batch, of_dim, of_state = strides(edge, 3)

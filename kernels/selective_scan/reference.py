@@ -1,3 +1,5 @@
+"""The textbook loop over the tokens."""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

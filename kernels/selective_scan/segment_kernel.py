@@ -1,3 +1,5 @@
+"""States across the segments of a length that several programs share out."""
+
 import triton
 import triton.language as tl
 
@@ -27,7 +29,7 @@ def local_kernel(
     STATE: tl.constexpr, STATES: tl.constexpr, BLOCK_DIM: tl.constexpr, RUNS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """What one segment by itself, from zero, adds to the state behind it; and how it decays others.
+    """What one segment by itself, from zero, adds to the state after it; and how it decays others.
 
     REVERSE takes the gradient of the state instead, from the segment's end to what is before it:
     x is then dout, and the operand C in place of B.
@@ -62,7 +64,7 @@ def local_kernel(
     if z_ptr is not None:
         z_ptrs = z_ptr + sample * stride_z[0] + channels * stride_z[2]
 
-    # Nothing goes on behind the last segment, nor before the first
+    # Nothing goes on after the last segment, nor before the first
     part = tl.program_id(2)
     segments = tl.num_programs(2) + 1
     if REVERSE:
@@ -125,9 +127,9 @@ def carry_kernel(
     RUNS: tl.constexpr,
 ):  # fmt: skip
     """Replaces what each segment adds by the state before it; with REVERSE, by the gradient of the
-    state behind it.
+    state after it.
 
-    edge: the state before the first segment, or the gradient of that behind the last. None is zero.
+    edge: the state before the first segment, or the gradient of that after the last. None is zero.
     stride_edge: (batch, segment, state, dim).
     """
     sample = active_sample(count_ptr, samples_ptr, tl.program_id(1))

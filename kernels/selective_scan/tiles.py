@@ -90,7 +90,7 @@ def store_plane(ptr, plane, dim, columns, held):
 
 @triton.jit
 def load_turn(ptrs, pitches, first, last, TOKENS: tl.constexpr, EVEN: tl.constexpr):
-    """TOKENS tokens of several tensors, one tensor behind the other.
+    """TOKENS tokens of several tensors, one tensor after the other.
 
     ptrs, pitches: of each, where the sample's first token begins, and the stride of a token.
     """
@@ -127,7 +127,7 @@ def operand_ptrs(
 
 @triton.jit
 def load_operand(ptrs, t, stride, STATE: tl.constexpr, STATES: tl.constexpr, RUNS: tl.constexpr):
-    """B or C of token t as it lies in memory, with zeros behind the last state.
+    """B or C of token t as it lies in memory, with zeros past the last state.
 
     [STATES] if the tile shares it, otherwise [STATES, BLOCK_DIM]. The latter is put together from
     pieces that one lane loads at once: of a wider one, Triton would give each lane a part.

@@ -1,3 +1,5 @@
+"""One step of the textbook scan."""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -70,7 +70,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(batch, seqlen, hidden_size) to the same.
 
-        attention_mask: a padding mask. past_key_values: a LayerCache; the tokens stand behind it.
+        attention_mask: a padding mask. past_key_values: a LayerCache, whose tokens these follow.
         """
         cache = cache_of(self, past_key_values, use_cache, attention_mask, cu_seqlens)
         batch, seqlen, _width = hidden_states.shape

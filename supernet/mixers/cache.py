@@ -1,4 +1,4 @@
-"""What a model keeps of the tokens behind it, so that the next ones cost one step.
+"""What a model keeps of the tokens so far, so that the next ones cost one step.
 
 Attention keeps its keys and values, Mamba the state of its scan and the last inputs of its
 convolution. Sequences of different lengths grow together, padded on the left: a row's padding is
@@ -17,7 +17,7 @@ class Step:
     """The tokens of one forward, past … length - 1 of every row, as the mixers' ops take them.
 
     positions: (seqlen,) or (batch, seqlen), counted from a row's first token; 0 in its padding.
-    seq_idx: (batch, seqlen) int32, 0 in padding and 1 behind it; None where there is no padding
+    seq_idx: (batch, seqlen) int32, 0 in padding and 1 after it; None where there is no padding
     among these tokens.
     cu_seqlens_q, cu_seqlens_k: int32 (2 · batch + 1,), where the queries (batch, seqlen) and the
     keys (batch, max_length), laid flat, begin and end; None where no row has padding. Rows take
@@ -114,7 +114,7 @@ class LayerCache:
         return self.cache.step
 
     def append(self, name: str, x: Tensor) -> Tensor:
-        """Put x (batch, seqlen, …) behind what there is. Returns all, (batch, max_length, …)."""
+        """Put x (batch, seqlen, …) after what there is. Returns all, (batch, max_length, …)."""
         if name not in self.states:
             self.states[name] = x.new_empty((len(x), self.cache.max_length, *x.shape[2:]))
         self.states[name][:, self.step.past : self.step.length] = x
@@ -128,7 +128,7 @@ class LayerCache:
         self.states[name] = state
 
     def updates(self, name: str) -> bool:
-        """Whether the step is one token behind a kept state, which an update takes in place."""
+        """Whether the step is one token after a kept state, which an update takes in place."""
         one = self.step.length - self.step.past == 1
         return one and self.step.seq_idx is None and name in self.states
 

@@ -90,7 +90,7 @@ class Mamba(nn.Module):
     ) -> Tensor:
         """(batch, seqlen, d_model) to the same.
 
-        attention_mask: a padding mask. past_key_values: a LayerCache; the tokens stand behind it.
+        attention_mask: a padding mask. past_key_values: a LayerCache, whose tokens these follow.
         inference_params: mamba_ssm's, which holds this layer's states under its layer_idx.
         """
         if inference_params is not None:
@@ -186,7 +186,7 @@ class Mamba(nn.Module):
     def step(
         self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """mamba_ssm's step: one token (batch, 1, d_model) behind the states, updated in place."""
+        """mamba_ssm's step: one token (batch, 1, d_model) after the states, updated in place."""
         if hidden_states.shape[1] != 1:
             raise ValueError(f"step takes one token at a time, got {hidden_states.shape[1]}")
         layer = single_layer(hidden_states)
@@ -275,7 +275,7 @@ class GroupedMamba(nn.Module):
     ) -> Tensor:
         """(batch, seqlen, hidden_size) to the same.
 
-        attention_mask: a padding mask. past_key_values: a LayerCache; the tokens stand behind it.
+        attention_mask: a padding mask. past_key_values: a LayerCache, whose tokens these follow.
         """
         cache = cache_of(self, past_key_values, use_cache, attention_mask, cu_seqlens)
         batch, seqlen, _width = hidden_states.shape

@@ -30,7 +30,7 @@ class SearchConfig(BaseModel):
         "beam", description="exhaustive scores every placement"
     )
     beam_width: PositiveInt = Field(12, description="placements that go on to the next layer")
-    initial_beam_width: PositiveInt = Field(12, description="the same behind the first layer")
+    initial_beam_width: PositiveInt = Field(12, description="the same after the first layer")
     early_stop: bool = Field(False, description="whether a budget may be left under-filled")
     early_stop_threshold: NonNegativeFloat = Field(
         0.001, description="the least improvement that one more layer has to bring, if early_stop"
