@@ -88,10 +88,10 @@ def heuristic(
     together. run: consecutive channels that share both.
     """
     width = width_of(states, backward)
-    even = run % (2 * width) == 0 and states <= 16 and arch() >= 90
-    if even and light and not wide and not backward and channels >= 2 * width * 8 * processors():
-        # So many that warps are left: two channels to a lane share what B and C take
-        return {"BLOCK_DIM": 2 * width, "TOKENS": 2, "num_warps": 1}
+    if not backward and light and not wide and states <= 16 and arch() >= 90:
+        # Two channels to a lane share what B and C take, if there are channels for as many warps
+        if run % (2 * width) == 0 and channels >= 2 * width * 8 * processors():
+            return {"BLOCK_DIM": 2 * width, "TOKENS": 2, "num_warps": 1}
     tokens = 4 if light and states < 64 else 2
     if backward or states > 128 or arch() < 90:
         tokens //= 2

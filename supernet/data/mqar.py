@@ -22,9 +22,7 @@ from .dataset import IGNORED, Dataset, Stream
 class MQARConfig(BaseModel):
     """Multi-query associative recall, with the defaults of the paper's generator.
 
-    power_a: exponent of the gaps between a pair and its query; 1 makes them uniform.
-    random_non_queries: positions that hold neither a pair nor a query hold random tokens (which may
-        be keys, but are not scored) instead of 0.
+    Random tokens where there is neither a pair nor a query may be keys, but are not scored.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
