@@ -4,6 +4,7 @@
 clipping, and so is which mixers a step used; so the ranks' weights stay the same, bit for bit.
 """
 
+import atexit
 import os
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -32,6 +33,7 @@ class Ranks:
                 dist.init_process_group("nccl", device_id=device)
             else:
                 dist.init_process_group("gloo")
+                atexit.register(leave)  # or its threads abort a process whose Python ends first
 
     @property
     def first(self) -> bool:
@@ -68,6 +70,12 @@ class Ranks:
         """Until every rank is here."""
         if self.count > 1:
             dist.barrier()
+
+
+def leave() -> None:
+    """End this process's part in the group, if nobody has yet."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def messages(tensors: Sequence[Tensor], size: int = MESSAGE) -> Iterator[list[Tensor]]:

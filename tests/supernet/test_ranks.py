@@ -22,18 +22,22 @@ from tossup.supernet.train import train
 ROOT = Path(__file__).parents[2]
 
 
-def train_on_two_ranks(config: RunConfig) -> str:
+def on_two_ranks(*program: str) -> str:
     """What it printed."""
-    path = config.output.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     ran = subprocess.run(
-        [*launcher, "-m", "tossup.supernet", "train", str(path)],
+        [*launcher, *program],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         cwd=ROOT, text=True, capture_output=True,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
+
+
+def train_on_two_ranks(config: RunConfig) -> str:
+    path = config.output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    return on_two_ranks("-m", "tossup.supernet", "train", str(path))
 
 
 def results(config: RunConfig) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -66,6 +70,20 @@ def test_two_ranks_train_as_two_micro_batches(tmp_path, dispatch, per_rank):
     with pytest.raises(ConfigError, match="is of a run on 2 ranks: go on with as many, got 1"):
         train(ranks)
     torch.testing.assert_close(resumed, weights, rtol=0, atol=0)
+
+
+def test_a_process_leaves_its_group_before_python_ends(tmp_path):
+    """Gloo's threads abort it otherwise, now and then."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import atexit, torch\n"
+        "from torch.distributed import is_initialized\n"
+        "from tossup.supernet.ranks import Ranks\n"
+        "atexit.register(lambda: print('in a group:', is_initialized()))\n"
+        "ranks = Ranks(torch.device('cpu'))\n"
+        "assert is_initialized() and ranks.gather(ranks.rank) == [0, 1]\n"
+    )
+    assert on_two_ranks(str(program)) == "in a group: False\n" * 2
 
 
 def test_messages_hold_every_tensor_once_and_no_more_than_their_size():
