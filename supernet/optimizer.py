@@ -3,11 +3,13 @@
 AdamW is Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (ICLR 2019, algorithm 2). A
 zero gradient is not the same as no update: momentum goes on moving the weights, decay goes on
 shrinking them, and the bias correction goes on counting. So every gate (one mixer of one layer)
-has its own fused call, and a flag on the device decides whether that call writes.
+has its own fused call, and a flag on the device decides whether that call writes. All that is
+around these calls, counting and clipping, is done for all gates together: it costs launches.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from itertools import compress
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +19,36 @@ from torch.optim import Optimizer
 from .stochastic import StochasticMixer
 
 Group = dict[str, Any]
+KeyT = TypeVar("KeyT")
+ItemT = TypeVar("ItemT")
 
 
 class _Bucket(NamedTuple):
-    """What one fused call updates: parameters of one group, on one device, of one dtype."""
+    """Parameters of one group, on one device, of one dtype, and their state."""
 
     params: list[Tensor]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
     steps: list[Tensor]
+
+
+class _Flag(NamedTuple):
+    """Whether a step used a gate's mixer: two float32 scalars on the device, one 1, the other 0."""
+
+    used: Tensor
+    unused: Tensor
+
+
+class _Update(NamedTuple):
+    """What one fused call does, to those of a bucket's parameters that have a gradient.
+
+    flag: None updates; else parameters, moments and step counts of an unused mixer stay as they are
+    """
+
+    group: Group
+    bucket: _Bucket
+    gradients: list[Tensor]
+    flag: _Flag | None
 
 
 class GatedAdamW(Optimizer):
@@ -108,18 +131,17 @@ class GatedAdamW(Optimizer):
         flags = _flags(self.param_groups, used)
         if self._buckets is None:
             self._buckets = [self._split(group) for group in self.param_groups]
-        for group, active, buckets in zip(self.param_groups, flags, self._buckets, strict=True):
-            for bucket in buckets:
-                gradients = [param.grad for param in bucket.params]
-                if active is None or group["inactive"] == "skip":
-                    _adamw(group, bucket, gradients, active)
-                else:
-                    _adamw(group, bucket, _zero_unless(active, gradients, bucket.params), None)
+        updates = [
+            _update(group, bucket, flag)
+            for group, flag, buckets in zip(self.param_groups, flags, self._buckets, strict=True)
+            for bucket in buckets
+        ]
+        _count(updates)
+        for update in updates:
+            _adamw(update)
 
     def _split(self, group: Group) -> list[_Bucket]:
-        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for param in group["params"]:
-            kinds.setdefault((param.device, param.dtype), []).append(param)
+        kinds = _grouped((_kind(param), param) for param in group["params"])
         return [
             _Bucket(
                 params,
@@ -194,19 +216,25 @@ def clip_grad_norm(
     gradients hold, NaN included, does not enter it.
     """
     groups = list(optimizer.param_groups if isinstance(optimizer, Optimizer) else optimizer)
+    kinds = _grouped(
+        (_kind(param.grad), (param.grad, flag))
+        for group, flag in zip(groups, _flags(groups, used), strict=True)
+        for param in group["params"]
+        if param.grad is not None
+    )
     norms = []
-    for group, active in zip(groups, _flags(groups, used), strict=True):
-        gradients = [param.grad for param in group["params"] if param.grad is not None]
-        if gradients:
-            norm = get_total_norm(gradients)
-            norms.append(norm if active is None else torch.where(active > 0, norm, 0))
+    for (device, _), rows in kinds.items():
+        always = torch.ones((), device=device)
+        counts = torch.stack([always if flag is None else flag.used for _, flag in rows])
+        each = torch.stack(torch._foreach_norm([gradient for gradient, _ in rows]))
+        norms.append(torch.where(counts > 0, each, 0))
     total = get_total_norm(norms)
     clip_grads_with_norm_([param for group in groups for param in group["params"]], max_norm, total)
     return total
 
 
-def _flags(groups: Sequence[Group], used: Tensor | None) -> list[Tensor | None]:
-    """For each group None if shared, else whether it was used: float32, (), exactly 0 or 1."""
+def _flags(groups: Sequence[Group], used: Tensor | None) -> list[_Flag | None]:
+    """For each group, None if it is shared."""
     gated = [group for group in groups if group.get("gate") is not None]
     if not gated:
         return [None] * len(groups)
@@ -221,44 +249,72 @@ def _flags(groups: Sequence[Group], used: Tensor | None) -> list[Tensor | None]:
         if device != used.device:
             raise ValueError(f"used is on {used.device}, but gated parameters are on {device}")
     table = (used > 0).float()
-    gates = [group.get("gate") for group in groups]
-    return [None if gate is None else table[gate] for gate in gates]
-
-
-def _zero_unless(
-    active: Tensor, gradients: Sequence[Tensor | None], params: Sequence[Tensor]
-) -> list[Tensor]:
-    """The gradients where the mixer was used, else zeros, whatever they hold."""
-    return [
-        torch.zeros_like(param) if grad is None else torch.where(active > 0, grad, 0)
-        for grad, param in zip(gradients, params, strict=True)
+    flags = [
+        [_Flag(*flag) for flag in zip(row_used.unbind(), row_unused.unbind(), strict=True)]
+        for row_used, row_unused in zip(table, 1 - table, strict=True)
     ]
+    gates = [group.get("gate") for group in groups]
+    return [None if gate is None else flags[gate[0]][gate[1]] for gate in gates]
 
 
-def _adamw(
-    group: Group, bucket: _Bucket, gradients: Sequence[Tensor | None], active: Tensor | None
-) -> None:
-    """One fused update of those parameters that have a gradient.
+def _kind(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
+    """What the tensors of one fused call have in common."""
+    return tensor.device, tensor.dtype
 
-    active: float32, (), 1 to update or 0 to leave every parameter, moment and step count alone.
-        The kernel's `found_inf` does the latter, NaN gradients or not. It takes exactly 0 or 1.
-        None: update.
-    """
-    rows = [row for row in zip(*bucket, gradients, strict=True) if row[-1] is not None]
-    if not rows:
+
+def _grouped(items: Iterable[tuple[KeyT, ItemT]]) -> dict[KeyT, list[ItemT]]:
+    groups: dict[KeyT, list[ItemT]] = {}
+    for key, item in items:
+        groups.setdefault(key, []).append(item)
+    return groups
+
+
+def _update(group: Group, bucket: _Bucket, flag: _Flag | None) -> _Update:
+    gradients = [param.grad for param in bucket.params]
+    if flag is not None and group["inactive"] == "decay":
+        zeroed = [
+            _zero_unless(flag.used, gradient, param)
+            for gradient, param in zip(gradients, bucket.params, strict=True)
+        ]
+        return _Update(group, bucket, zeroed, None)
+    present = [gradient is not None for gradient in gradients]
+    kept = _Bucket(*(list(compress(column, present)) for column in bucket))
+    return _Update(group, kept, [gradient for gradient in gradients if gradient is not None], flag)
+
+
+def _zero_unless(used: Tensor, gradient: Tensor | None, param: Tensor) -> Tensor:
+    """The gradient where the mixer was used, else zeros, whatever it holds."""
+    return torch.zeros_like(param) if gradient is None else torch.where(used > 0, gradient, 0)
+
+
+def _count(updates: Sequence[_Update]) -> None:
+    """Add 1 to the step counts of all that is updated. The fused calls only read them."""
+    always, gated, flags = [], [], []
+    for update in updates:
+        steps = update.bucket.steps
+        if update.flag is None:
+            always += steps
+        else:
+            gated += steps
+            flags += [update.flag.used] * len(steps)
+    if always:
+        torch._foreach_add_(always, 1)
+    if gated:  # a list of flags: adding one tensor to many reads it on the host
+        torch._foreach_add_(gated, flags)
+
+
+def _adamw(update: _Update) -> None:
+    """One fused call. Where `found_inf` is 1, exactly, it writes nothing, be the gradients NaN."""
+    group, bucket, gradients, flag = update
+    if not gradients:
         return
-    params, exp_avgs, exp_avg_sqs, steps, grads = (
-        list(column) for column in zip(*rows, strict=True)
-    )
-    # The kernel only reads the step counts. A list: adding one tensor to many reads it on the host.
-    torch._foreach_add_(steps, 1 if active is None else [active] * len(steps))
     torch._fused_adamw_(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
+        bucket.params,
+        gradients,
+        bucket.exp_avgs,
+        bucket.exp_avg_sqs,
         [],
-        steps,
+        bucket.steps,
         lr=group["lr"],
         beta1=group["betas"][0],
         beta2=group["betas"][1],
@@ -266,7 +322,7 @@ def _adamw(
         eps=group["eps"],
         amsgrad=False,
         maximize=False,
-        found_inf=None if active is None else 1 - active,
+        found_inf=None if flag is None else flag.unused,
     )
 
 

@@ -1,6 +1,7 @@
 import copy
 import io
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -310,6 +311,21 @@ def test_clipping_sees_the_used_subset_only(max_norm):
                 torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=0)
 
 
+def test_clipping_takes_groups_of_several_dtypes():
+    params = make_params()
+    params[None] = [torch.nn.Parameter(p.detach().double()) for p in params[None]]
+    params[0, 1] = [torch.nn.Parameter(p.detach().bfloat16()) for p in params[0, 1]]
+    used = torch.tensor([[0, 1], [1, 0], [0, 0]])
+    set_gradients(params, 0)
+    subset = [param.grad for gate in GATES if is_used(gate, used) for param in params[gate]]
+    expected = torch.cat([gradient.double().flatten() for gradient in subset]).norm()
+    poison_unused(params, used)
+    norm = clip_grad_norm(GatedAdamW(groups_of(params)), 1.0, used)
+    torch.testing.assert_close(norm.double(), expected, rtol=1e-3, atol=0)
+    clipped = torch.cat([gradient.double().flatten() for gradient in subset]).norm()
+    torch.testing.assert_close(clipped, torch.ones_like(clipped), rtol=2e-3, atol=0)
+
+
 def test_clipping_takes_plain_groups_and_missing_gradients():
     params = make_params()
     for param in params[None]:
@@ -348,6 +364,33 @@ def test_a_step_reads_nothing_on_the_host(mode, inactive):
         for _ in range(2):
             clip_grad_norm(optimizer, 1.0, used)
             optimizer.step(used)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the ops that write, which are kernels on a GPU: views are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "aten" and not func.is_view:
+            self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_gate_costs_one_fused_call_and_no_other():
+    params = make_params()
+    set_gradients(params, 0)
+    counts = []
+    for gates in (GATES[:3], GATES):
+        optimizer = GatedAdamW(groups_of({gate: params[gate] for gate in gates}))
+        with Calls() as calls:
+            clip_grad_norm(optimizer, 1.0, torch.ones(LAYERS, MIXERS))
+            optimizer.step(torch.ones(LAYERS, MIXERS))
+        assert calls.names.pop("_fused_adamw_") == len(gates)
+        counts.append(calls.names)
+    assert counts[0] == counts[1]
 
 
 def test_state_exists_before_the_first_step():
