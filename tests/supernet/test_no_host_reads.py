@@ -5,7 +5,7 @@ not run (a fused optimizer, a mask as an index), a mode over every op refuses. E
 to catch a read that was planted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -14,11 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.supernet.test_graphed_step import configured
-from tossup.kernels.routing import MixerTable
-from tossup.supernet.model import SupernetModel, language_model_losses
+from tossup.supernet.model import language_model_losses
 from tossup.supernet.train import Trainer
-
-LAYERS, MIXERS, BATCH = 2, 4, 4
 
 READS = {
     torch.ops.aten._local_scalar_dense.default,
@@ -54,18 +51,18 @@ class RefuseHostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def table_on(device: str) -> MixerTable:
-    if device == "meta":  # a table that nobody can look at
-        shapes = (LAYERS, BATCH), (LAYERS, MIXERS), (LAYERS, MIXERS, BATCH)
-        return MixerTable(*(torch.empty(s, dtype=torch.int32, device=device) for s in shapes))
-    rows = torch.tensor([[0, 1, 2, 3], [3, 0, 1, 0]])
-    return MixerTable.of(rows, MIXERS, BATCH)
+class Launches:
+    """In place of a Triton kernel: takes its arguments and does nothing."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: None
 
 
 @pytest.fixture
-def trainer_on(tmp_path, monkeypatch) -> Callable[..., Trainer]:
-    """trainer_on(device, planted): a trainer after its first step, whose tables are given, and that
-    does `planted` with each micro-batch's losses."""
+def trainer_on(tmp_path) -> Iterator[Callable[..., Trainer]]:
+    """trainer_on(device, planted): a trainer after its first step, which does `planted` with each
+    micro-batch's losses. One at a time."""
+    patch = pytest.MonkeyPatch()
 
     def build(device: str, planted: Callable[[Tensor], object] = lambda losses: None) -> Trainer:
         def losses_and_counts(*args):
@@ -75,19 +72,21 @@ def trainer_on(tmp_path, monkeypatch) -> Callable[..., Trainer]:
             return losses, counts
 
         first_step_is_over = False
-        monkeypatch.setattr("tossup.supernet.train.language_model_losses", losses_and_counts)
-        monkeypatch.setattr("tossup.supernet.train.device_of", torch.device)
-        table = table_on(device)
-        monkeypatch.setattr(SupernetModel, "draw", lambda *_: table)
-        if device == "meta":  # torch has neither of these there
-            monkeypatch.setattr(torch, "_fused_adamw_", lambda *_, **__: None)
-            monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+        patch.undo()
+        patch.setattr("tossup.supernet.train.language_model_losses", losses_and_counts)
+        patch.setattr("tossup.supernet.train.device_of", torch.device)
+        patch.setattr("tossup.kernels.routing.resolve_impl", lambda *_: "triton")
+        if device == "meta":  # nothing runs a kernel there, and torch has not the other two
+            patch.setattr("tossup.kernels.routing.kernel.draw_kernel", Launches())
+            patch.setattr(torch, "_fused_adamw_", lambda *_, **__: None)
+            patch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
         trainer = Trainer(configured(tmp_path / device, device=device, dispatch="device"))
         trainer.train_step()  # makes what outlives a step
         first_step_is_over = True
         return trainer
 
-    return build
+    yield build
+    patch.undo()
 
 
 def test_a_step_runs_where_there_is_nothing_to_read(trainer_on):
