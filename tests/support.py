@@ -1,5 +1,7 @@
 """What many tests share: implementations, error budgets, seeded numbers and hand-made routes."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +22,23 @@ def budget(oracle: Tensor, same_precision: Tensor) -> float:
     """
     error = (same_precision.double() - oracle).abs().max()
     return 2 * (error + torch.finfo(same_precision.dtype).eps * oracle.abs().max()).item()
+
+
+def assert_within_budget(
+    got: Tensor | Iterable[Tensor],
+    exact: Tensor | Iterable[Tensor],
+    same_precision: Tensor | Iterable[Tensor],
+) -> None:
+    """That errors are within `budget`, of one tensor or of several; infinities are the oracle's."""
+    columns = [[c] if isinstance(c, Tensor) else c for c in (got, exact, same_precision)]
+    for place, (ours, oracle, plain) in enumerate(zip(*columns, strict=True)):
+        assert ours.dtype == plain.dtype, place
+        assert ours.shape == oracle.shape == plain.shape, place
+        finite = ~oracle.isinf()
+        assert torch.equal(ours[~finite].double(), oracle[~finite].double()), place
+        if finite.any():
+            error = (ours.double() - oracle)[finite].abs().max()
+            assert error <= budget(oracle[finite], plain[finite]), place
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.support import EXACT, budget, every_backend, every_impl, route_of, seeded
+from tests.support import EXACT, assert_within_budget, every_backend, every_impl, route_of, seeded
 from tossup.kernels.causal_conv1d import causal_conv1d
 
 NAMES = ("x", "weight", "bias", "initial_state")
@@ -127,10 +127,9 @@ def test_agrees_with_float64(impl, dtype, batch, seqlen, dim, width):
     options = {"activation": "silu", "seq_idx": seq_idx}
     exact = run(doubled(tensors), "reference", **options)
     plain, ours = run(tensors, "reference", **options), run(tensors, impl, **options)
-    for name in exact:
-        assert ours[name].dtype == plain[name].dtype == dtype
-        error = (ours[name].double() - exact[name]).abs().max()
-        assert error <= budget(exact[name], plain[name]), name
+    assert list(ours) == list(plain) == list(exact)
+    assert all(tensor.dtype == dtype for tensor in ours.values())
+    assert_within_budget(ours.values(), exact.values(), plain.values())
 
 
 @every_impl

@@ -15,7 +15,14 @@ from transformers.models.gemma2.modeling_gemma2 import (
 )
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from tests.support import EXACT, budget, every_backend, every_impl, only_triton, route_of
+from tests.support import (
+    EXACT,
+    assert_within_budget,
+    every_backend,
+    every_impl,
+    only_triton,
+    route_of,
+)
 from tossup.kernels.flash_attention import flash_attention, kernel
 
 WINDOWS = [(-1, -1), (-1, 0), (0, 0), (2, 0), (-1, 3), (3, 1), (0, -1), (100, 100)]
@@ -92,15 +99,6 @@ def assert_close(ours, expected):
     """To the precision of ours, which may be less than that of the expected."""
     for got, oracle in zip(ours, expected, strict=True):
         torch.testing.assert_close(got, oracle.to(got.dtype), rtol=2e-5, atol=2e-5)
-
-
-def assert_within_budget(ours, exact, same):
-    for got, oracle, plain in zip(ours, exact, same, strict=True):
-        assert torch.equal(got.isneginf(), oracle.isneginf())
-        seen = ~oracle.isneginf()
-        if seen.any():
-            error = (got.double() - oracle)[seen].abs().max()
-            assert error <= budget(oracle[seen], plain[seen])
 
 
 @every_backend

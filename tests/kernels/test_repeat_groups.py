@@ -3,7 +3,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support import EXACT, budget, every_backend, every_impl, route_of, seeded
+from tests.support import EXACT, assert_within_budget, every_backend, every_impl, route_of, seeded
 from tossup.kernels.repeat_groups import repeat_groups
 from tossup.kernels.repeat_groups.ops import repeat_groups_into_op, sum_groups_into_op
 
@@ -68,7 +68,7 @@ def test_copies_and_their_sums(impl, dtype, batch, seqlen, dim, group, repeats):
     assert out.dtype == dx.dtype == dtype
     assert torch.equal(out, x[..., origins(dim, group, repeats)])
     exact = sums(dout, dim, group, repeats)
-    assert (dx.double() - exact).abs().max() <= budget(exact, exact.to(dtype))
+    assert_within_budget(dx, exact, exact.to(dtype))
 
 
 @every_impl

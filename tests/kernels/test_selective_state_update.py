@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.oracles import selective_state_update_ref
-from tests.support import EXACT, budget, every_backend, every_impl, only_triton, route_of, seeded
+from tests.support import (
+    EXACT,
+    assert_within_budget,
+    every_backend,
+    every_impl,
+    only_triton,
+    route_of,
+    seeded,
+)
 from tossup.kernels.selective_scan import selective_scan
 from tossup.kernels.selective_state_update import selective_state_update
 
@@ -58,12 +66,6 @@ def by_mamba_ssm(tensors: dict[str, Tensor], **options) -> tuple[Tensor, Tensor]
     rows = state.unsqueeze(2)
     out = selective_state_update_ref(rows, **heads, **columns, A=wide["A"].unsqueeze(1), **options)
     return out.squeeze(-1), rows.squeeze(2)
-
-
-def assert_within_budget(ours, exact, plain):
-    for got, oracle, same_precision in zip(ours, exact, plain, strict=True):
-        assert got.dtype == same_precision.dtype
-        assert (got.double() - oracle).abs().max() <= budget(oracle, same_precision)
 
 
 @every_backend
