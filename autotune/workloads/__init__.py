@@ -9,6 +9,8 @@ from typing import Any
 from .attention import Attention
 from .causal_conv1d import CausalConv1d
 from .linear import Linear
+from .repeat_groups import RepeatGroups
+from .rotary import Rotary
 from .selective_scan import SelectiveScan
 from .workload import Calls, Expected, MissingPeer, Prepared, Results, Workload
 
@@ -26,7 +28,7 @@ __all__ = [
 ]
 
 OPS: dict[str, type[Workload]] = {
-    kind.op: kind for kind in (Attention, SelectiveScan, CausalConv1d, Linear)
+    kind.op: kind for kind in (Attention, SelectiveScan, CausalConv1d, Linear, Rotary, RepeatGroups)
 }
 
 
@@ -62,6 +64,8 @@ ON_CPU: tuple[Workload, ...] = (
     CausalConv1d(batch=2, seqlen=512, dim=128, dtype="fp32"),
     CausalConv1d(batch=1, seqlen=2048, dim=1024, dtype="fp32"),
     Linear(batch=2, seqlen=512, in_features=256, out_features=512, dtype="fp32"),
+    Rotary(batch=2, seqlen=512, heads=8, head_dim=64, dtype="fp32"),
+    RepeatGroups(batch=2, seqlen=512, dim=128, dtype="fp32"),
 )
 
 ON_GPU: tuple[Workload, ...] = (
@@ -90,4 +94,7 @@ ON_GPU: tuple[Workload, ...] = (
         )
     ),
     Linear(batch=4, in_features=2048, out_features=2048, active=0),
+    Rotary(batch=4, seqlen=4096, heads=16),
+    Rotary(batch=4, seqlen=4096, heads=16, active=0),
+    RepeatGroups(batch=8, seqlen=4096),
 )  # fmt: skip

@@ -14,7 +14,17 @@ from ...kernels.flash_attention import flash_attention
 from ...kernels.flash_attention.reference import attend
 from ...kernels.routing import Route
 from ..peaks import Floor
-from .workload import Calls, Index, MissingPeer, Workload, differentiable, normal, option, size
+from .workload import (
+    Calls,
+    Index,
+    MissingPeer,
+    Workload,
+    compiled,
+    differentiable,
+    normal,
+    option,
+    size,
+)
 
 BLOCK = 1024  # queries that the reference takes at a time
 
@@ -108,13 +118,11 @@ class Attention(Workload):
         if self.causal:
             device = inputs["q"].device
             mask = create_block_mask(sees, None, None, self.seqlen, self.seqlen, device=device)
-        # Every shape is compiled anew, and torch keeps only so many versions of one function
-        torch._dynamo.reset()
-        compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+        attend_flexibly = compiled(flex_attention)
         grouped = self.heads != self.kv_heads
 
         def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return compiled(q, k, v, block_mask=mask, enable_gqa=grouped)
+            return attend_flexibly(q, k, v, block_mask=mask, enable_gqa=grouped)
 
         return differentiable(forward, inputs, TORCH_AXES)
 

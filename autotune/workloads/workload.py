@@ -255,6 +255,13 @@ def differentiable(
     return {"forward": run_forward, "backward": run_backward, "forward+backward": run_both}
 
 
+def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A peer that torch compiles, for the one shape that it is called with."""
+    # Every shape is compiled anew, and torch keeps only so many versions of one function
+    torch._dynamo.reset()
+    return torch.compile(forward, dynamic=False, fullgraph=True)
+
+
 def lay_out(x: Tensor, axes: tuple[int, ...] | None) -> Tensor:
     """A tensor of its own, contiguous in the order of these axes."""
     x = x.detach()

@@ -181,14 +181,17 @@ class Attention(nn.Module):
                 rotary_in_place_op(tensor, cos, sin, False, *run.tensors, run.impl)
 
     def workloads(self, **shape: Any) -> "list[Workload]":
-        """What a forward pass runs, but for the rotation. shape: batch, seqlen and dtype."""
+        """What a forward pass runs. shape: batch, seqlen and dtype."""
         from ...autotune.workloads import Attention as Attend
+        from ...autotune.workloads import Rotary
 
         attend = Attend(
             heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
             window=None if self.window_size is None else self.left, **shape,
         )  # fmt: skip
-        return [*products_of(self, **shape), attend]
+        turned = () if self.rope_theta is None else (self.heads, self.kv_heads)
+        rotations = [Rotary(heads=heads, head_dim=self.head_dim, **shape) for heads in turned]
+        return [*products_of(self, **shape), *rotations, attend]
 
     def flops_per_token(self, seqlen: int) -> float:
         """Forward FLOPs, two per multiply-add, averaged over the places of a sequence."""

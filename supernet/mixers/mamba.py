@@ -376,8 +376,13 @@ class GroupedMamba(nn.Module):
         return out
 
     def workloads(self, **shape: Any) -> "list[Workload]":
-        """What a forward pass runs, but for the repetition. shape: batch, seqlen and dtype."""
-        return scan_mixer_workloads(self, groups=self.d_xb // self.d_state, **shape)
+        """What a forward pass runs. shape: batch, seqlen and dtype."""
+        from ...autotune.workloads import RepeatGroups
+
+        repeats = self.d_inner // self.d_xb
+        repetition = RepeatGroups(dim=self.d_xb, group=self.d_state, repeats=repeats, **shape)
+        groups = self.d_xb // self.d_state
+        return [*scan_mixer_workloads(self, groups, **shape), repetition]
 
     def flops_per_token(self, seqlen: int) -> float:
         """Forward FLOPs, two per multiply-add; the same at every length."""

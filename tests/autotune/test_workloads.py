@@ -11,6 +11,8 @@ SMALL = {
     "selective_scan": {"seqlen": 37, "dim": 24, "state": 4, "groups": 2},
     "causal_conv1d": {"seqlen": 37, "dim": 24},
     "linear": {"seqlen": 37, "in_features": 24, "out_features": 40},
+    "rotary": {"seqlen": 37, "heads": 3, "head_dim": 10},
+    "repeat_groups": {"seqlen": 37, "dim": 15, "group": 5, "repeats": 3},
 }
 every_op = pytest.mark.parametrize("op", OPS)
 
@@ -61,11 +63,22 @@ def test_every_result_is_compared_and_a_wrong_one_is_named(op):
         assert prepared.wrong(results | {name: off}).startswith(f"{name} is off by inf")
 
 
-@pytest.mark.parametrize("values", [{"window": 9}, {"causal": False}, {"dtype": "bf16"}])
-def test_attention_agrees_in_its_variants(values):
-    workload = small("attention", **values)
+@pytest.mark.parametrize(
+    ("op", "values"),
+    [
+        ("attention", {"window": 9}),
+        ("attention", {"causal": False}),
+        ("attention", {"dtype": "bf16"}),
+        ("rotary", {"interleaved": True}),
+        ("rotary", {"dtype": "bf16"}),
+        ("repeat_groups", {"dtype": "bf16"}),
+    ],
+)
+def test_ours_and_a_peer_agree_in_variants(op, values):
+    workload = small(op, **values)
     prepared = workload.prepare("cpu")
-    assert prepared.wrong(prepared.ours["forward+backward"]()) is None
+    for calls in (prepared.ours, *peers_of(prepared).values()):
+        assert prepared.wrong(calls["forward+backward"]()) is None
 
 
 def test_blocks_of_the_references_agree_with_the_whole(monkeypatch):
@@ -96,7 +109,7 @@ def test_a_peer_that_cannot_run_says_why():
 
 
 def test_floors_are_those_of_the_kernels_docstrings():
-    """In ms on an H200: kernels/selective_scan/kernel.py and kernels/linear/kernel.py."""
+    """In ms on an H200, or bytes: the head of each op's kernel.py."""
     h200 = PEAKS["NVIDIA H200"]
     scan = build("selective_scan", {"batch": 8, "seqlen": 4096, "dim": 4096, "state": 16})
     for direction, milliseconds in (("forward", 0.51), ("backward", 1.0)):
@@ -106,6 +119,12 @@ def test_floors_are_those_of_the_kernels_docstrings():
     linear = build("linear", {"batch": 4, "seqlen": 4096})
     assert h200.seconds(linear.floor("forward")) == pytest.approx(0.13e-3, rel=0.03)
     assert h200.binds(linear.floor("wgrad")) == "matrix_flops"
+    tokens = {"batch": 2, "seqlen": 4096}
+    for op, per_channel, channels in (("rotary", 4, 32 * 128), ("repeat_groups", 10, 1024)):
+        for direction in ("forward", "backward"):
+            floor = build(op, tokens).floor(direction)
+            assert floor.bytes == pytest.approx(per_channel * channels * 8192, rel=0.02)
+            assert h200.binds(floor) == "bytes"
 
 
 def test_pairs_are_those_that_the_mask_leaves():
@@ -144,7 +163,7 @@ def test_a_name_is_what_one_types_and_names_are_distinct():
 @pytest.mark.parametrize(
     ("op", "values", "message"),
     [
-        ("scan", {}, "OP takes attention, selective_scan, causal_conv1d, linear, got 'scan'"),
+        ("scan", {}, "OP takes attention, selective_scan, causal_conv1d, .*, got 'scan'"),
         ("linear", {"dim": 4}, "linear takes the keys batch, seqlen, .*, got 'dim'"),
         ("linear", {"seqlen": 0}, "seqlen takes a whole number from 1 on, got 0"),
         ("linear", {"seqlen": 1.5}, "seqlen takes a whole number from 1 on, got 1.5"),
@@ -156,6 +175,8 @@ def test_a_name_is_what_one_types_and_names_are_distinct():
         ("attention", {"causal": False, "window": 2}, "window takes causal=true"),
         ("selective_scan", {"groups": 3}, "groups takes a divisor of dim = 4096, got 3"),
         ("causal_conv1d", {"width": 5}, "width takes 2 to 4, got 5"),
+        ("rotary", {"head_dim": 7}, "head_dim takes an even number, got 7"),
+        ("repeat_groups", {"group": 3}, "group takes a divisor of dim = 1024, got 3"),
     ],
 )
 def test_wrong_keys_and_values_get_a_sentence(op, values, message):
