@@ -2,8 +2,9 @@
 
 A GPU works through a queue. What is timed there is captured in a CUDA graph, so that the host costs
 nothing between kernels, and queued after other work, so that the GPU never waits for the host
-between the two events. A cold run comes after a write of twice the L2 cache, which leaves nothing
-else in it; a warm one after the same calls.
+between the two events. A cold run comes after a read of twice the L2 cache, which leaves nothing
+else in it, and nothing that the call would have to wait to be written back; a warm one after the
+same calls.
 """
 
 import math
@@ -94,7 +95,7 @@ class GpuStopwatch:
 
     All is on one stream: autograd runs a backward pass where the forward pass ran, and a stream
     that is captured must not meet another.
-    flush: writes twice the L2 cache. cuda: stands for torch.cuda.
+    flush: reads twice the L2 cache. cuda: stands for torch.cuda.
     """
 
     def __init__(self, flush: Call | None = None, cuda: Any = torch.cuda):
@@ -146,7 +147,8 @@ class GpuStopwatch:
 
 
 def flush_of(size: int) -> Call:
-    return torch.empty(size, dtype=torch.int8, device="cuda").zero_
+    """size: bytes."""
+    return torch.zeros(size // 4, dtype=torch.float32, device="cuda").sum
 
 
 def repeated(call: Call, times: int) -> Call:

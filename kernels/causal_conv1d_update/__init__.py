@@ -38,7 +38,7 @@ def causal_conv1d_update(
         result unwritten. None is all.
 
     Returns out, like x. Without gradients. Arithmetic is in float32, or in float64 where x is
-    float64.
+    float64. Deterministic.
     Raises ValueError where a shape, a dtype or the activation is not as above.
     """
     check(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)

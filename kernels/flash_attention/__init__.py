@@ -73,8 +73,11 @@ def flash_attention(
     route: the samples (packed: the sequences) to work on; the rows of others are left unwritten in
         the results and in the gradients of q, k and v. None means all.
 
-    Returns out, like q. A query that sees no key gives zeros, and -inf in lse.
-    Raises ValueError where shapes, dtypes or options are not as above.
+    Returns out, like q. A query that sees no key gives zeros, and -inf in lse. Deterministic,
+    forward and backward.
+    Raises ValueError where shapes, dtypes or options are not as above; for impl="triton" also where
+    head_dim is above 256, or a sequence longer than 65535 of the kernel's tiles (a million
+    tokens or more).
     """
     check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     if len(window_size) != 2 or min(window_size) < -1:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .. import configs
 from ..precision import refuse_float64
-from ..target import arch, refuse_more_samples_than_programs
+from ..target import PROGRAMS, arch, refuse_more_samples_than_programs
 from .backward_kernel import dkdv_kernel, dq_kernel
 from .forward_kernel import forward_kernel
 
@@ -99,6 +99,18 @@ def check(q: Tensor) -> None:
         raise ValueError(f"q must have a head_dim of at most 256 on a GPU, got {q.shape[-1]}")
 
 
+def grid_of(heads: int, longest: int, block: int, sequences: int) -> tuple[int, int, int]:
+    """A program for each head, tile of the longest sequence, and sequence. Heads come first, since
+    programs that run together then share keys, or walk as many tiles."""
+    if longest > PROGRAMS * block:
+        raise ValueError(
+            f"a sequence must be at most {PROGRAMS * block} tokens for impl='triton' with this"
+            f" dtype and head_dim, got {longest}; of packed ones, max_seqlen_q and max_seqlen_k"
+            " say how long they are"
+        )
+    return heads, triton.cdiv(longest, block), sequences
+
+
 def strides(tensor: Tensor | None, ndim: int) -> tuple[int, ...]:
     """A batch's strides. Of a packed tensor, all samples lie where the first one does."""
     if tensor is None:
@@ -142,7 +154,7 @@ def forward(
     busy = softcap != 0 or alibi_slopes is not None or dropout_seed is not None
     longest_k = k.shape[-3] if max_seqlen_k is None else max_seqlen_k
     config = configure("forward", q, longest_q, longest_k, sequences, (left, right), busy)
-    forward_kernel[(heads, triton.cdiv(longest_q, config["BLOCK_M"]), sequences)](
+    forward_kernel[grid_of(heads, longest_q, config["BLOCK_M"], sequences)](
         q, k, v, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k, count, samples, out, lse,
         *shared_arguments(q, k, left, right, scale, softcap, dropout_p),
         strides(q, 4), strides(k, 4), strides(v, 4), strides(alibi_slopes, 2), strides(out, 4),
@@ -168,7 +180,7 @@ def backward(
 
     shape = q, longest_q, longest_k, sequences, (left, right), busy
     config = configure("dq", *shape)
-    dq_kernel[(heads, triton.cdiv(longest_q, config["BLOCK_M"]), sequences)](
+    dq_kernel[grid_of(heads, longest_q, config["BLOCK_M"], sequences)](
         dout, dlse, q, k, v, out, lse, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k,
         count, samples, dq, base, delta, *arguments,
         strides(dout, 4), strides(dlse, 3), strides(q, 4), strides(k, 4), strides(v, 4),
@@ -177,7 +189,7 @@ def backward(
         HEAD_DIM=head_dim, OFFSET=offset, **config,
     )  # fmt: skip
     config = configure("dkdv", *shape)
-    dkdv_kernel[(k.shape[-2], triton.cdiv(longest_k, config["BLOCK_N"]), sequences)](
+    dkdv_kernel[grid_of(k.shape[-2], longest_k, config["BLOCK_N"], sequences)](
         dout, q, k, v, base, delta, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k,
         count, samples, dk, dv, *arguments,
         strides(dout, 4), strides(q, 4), strides(k, 4), strides(v, 4), strides(alibi_slopes, 2),

@@ -54,6 +54,7 @@ def rotary(
     route: the samples to work on; the rows of others are left unwritten in the result and in x's
         gradient. None means all.
     Returns a contiguous tensor of x's shape and dtype, computed in float32 or x's wider dtype.
+        Deterministic.
     Raises ValueError where shapes or dtypes are not as above.
     """
     check_tensors(x, cos, sin)

@@ -60,7 +60,8 @@ def selective_scan(
     inputs may differ in dtype, and have gradients, which flow from the final state too. Arithmetic
     and the final state are in float32, or in float64 where u is float64. Deterministic, forward and
     backward. Tensors of any strides are taken as they are.
-    Raises ValueError where a shape or a dtype is not as above.
+    Raises ValueError where a shape or a dtype is not as above; for impl="triton" also above 256
+    states.
     """
     check(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
     chosen = resolve_impl(impl, u.device)

@@ -42,7 +42,7 @@ def selective_state_update(
         in the result. None is all.
 
     Returns out, (batch, dim) in x's dtype. Without gradients. Arithmetic is in float32, or in
-    float64 where x is float64.
+    float64 where x is float64. Deterministic.
     Raises ValueError where a shape or a dtype is not as above.
     """
     check(state, x, dt, A, B, C, D, z, dt_bias)

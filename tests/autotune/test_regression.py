@@ -12,10 +12,10 @@ def noisy(seed: int, count: int, factor: float = 1.0, noise: float = 0.03) -> li
 
 
 def test_of_cases_that_did_not_change_few_are_slower():
-    """One in 200 lies below the interval; few enough of 200 without any margin, none with one."""
-    pairs = [(noisy(seed, 15), noisy(1000 + seed, 15)) for seed in range(200)]
+    """About one in a hundred of twelve pairs without any margin; none with one."""
+    pairs = [(noisy(seed, 12), noisy(1000 + seed, 12)) for seed in range(1000)]
     for compare in (compare_pairs, compare_samples):
-        assert sum(compare(before, now, 1.0).slower for before, now in pairs) <= 10
+        assert sum(compare(before, now, 1.0).slower for before, now in pairs) <= 20
         assert not any(compare(before, now, 1.10).slower for before, now in pairs)
 
 

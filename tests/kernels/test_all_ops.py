@@ -249,6 +249,14 @@ def test_triton_refuses_more_samples_than_a_grid_holds(op, impl):
 
 
 @only_triton
+def test_triton_refuses_a_longer_sequence_than_a_grid_holds(impl):
+    longest = 65535 * 32  # of float32's tiles
+    q, k = (torch.zeros(1, 1, 1, 16).expand(1, n, 1, 16) for n in (longest + 1, 1))
+    with pytest.raises(ValueError, match=rf"most {longest} tokens .*, got {longest + 1}; of pack"):
+        flash_attention(q, k, k, impl=impl)
+
+
+@only_triton
 def test_triton_refuses_more_states_than_registers_hold(impl):
     x, rates, states = torch.zeros(1, 2, 3), torch.zeros(3, 257), torch.zeros(1, 2, 1, 257)
     with pytest.raises(ValueError, match="at most 256 states for impl='triton', got 257"):
