@@ -89,7 +89,7 @@ for part in $PARTS; do
 			timeout $((DEADLINE - SECONDS > 330 ? DEADLINE - SECONDS - 300 : 30)) tail --pid="$BUILD" -f /dev/null || kill "$BUILD"
 			tail -n 3 "$LOGS/peers.log"
 		fi
-		run races 300 python3 -m bench.record --device cuda --seconds 0.3 --limit 72 --output "$LOGS/results"
+		run races 300 python3 -m bench.record --device cuda --seconds 0.3 --limit 65 --output "$LOGS/results"
 		;;
 	dispatch)
 		run dispatch 150 python3 -m bench.dispatch --output "$LOGS/dispatch.json"

@@ -95,6 +95,5 @@ ON_GPU: tuple[Workload, ...] = (
     ),
     Linear(batch=4, in_features=2048, out_features=2048, active=0),
     Rotary(batch=4, seqlen=4096, heads=16),
-    Rotary(batch=4, seqlen=4096, heads=16, active=0),
     RepeatGroups(batch=8, seqlen=4096),
 )  # fmt: skip

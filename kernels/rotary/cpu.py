@@ -36,8 +36,8 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor) ->
     half = cos.shape[-1]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for all heads
     (a, b), (out_a, out_b) = pairs(x, half, interleaved), pairs(out, half, interleaved)
-    out_a.copy_(a * cos - b * sin)
-    out_b.copy_(b * cos + a * sin)
+    out_a.copy_(torch.addcmul(a * cos, b, sin, value=-1))
+    out_b.copy_(torch.addcmul(b * cos, a, sin))
     out[..., 2 * half :] = x[..., 2 * half :]
 
 
