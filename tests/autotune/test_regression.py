@@ -13,9 +13,9 @@ def noisy(seed: int, count: int, factor: float = 1.0, noise: float = 0.03) -> li
 
 def test_of_cases_that_did_not_change_few_are_slower():
     """About one in a hundred of twelve pairs without any margin; none with one."""
-    pairs = [(noisy(seed, 12), noisy(1000 + seed, 12)) for seed in range(1000)]
+    pairs = [(noisy(seed, 12), noisy(1000 + seed, 12)) for seed in range(400)]
     for compare in (compare_pairs, compare_samples):
-        assert sum(compare(before, now, 1.0).slower for before, now in pairs) <= 20
+        assert sum(compare(before, now, 1.0).slower for before, now in pairs) <= 8
         assert not any(compare(before, now, 1.10).slower for before, now in pairs)
 
 
