@@ -3,8 +3,7 @@
 A GPU works through a queue. What is timed there is captured in a CUDA graph, so that the host costs
 nothing between kernels, and queued after other work, so that the GPU never waits for the host
 between the two events. A cold run comes after a read of twice the L2 cache, which leaves nothing
-else in it, and nothing that the call would have to wait to be written back; a warm one after the
-same calls.
+else in it, and nothing to be written back; a warm one after the same calls.
 """
 
 import math

@@ -68,10 +68,6 @@ class CausalConv1d(Workload):
             bytes=3 * elements * self.itemsize, mufu=8 * elements, instructions=60 * elements
         )
 
-    def flops(self, direction: str) -> float:
-        """None of them are products of matrices."""
-        return 0.0
-
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """From and to the layout that a projection gives and takes; conv1d's has time last."""

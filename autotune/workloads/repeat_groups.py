@@ -10,7 +10,7 @@ from torch import Tensor
 from ...kernels.repeat_groups import repeat_groups
 from ...kernels.routing import Route
 from ..peaks import Floor
-from .workload import Calls, Index, Workload, compiled, differentiable, normal, size
+from .workload import Calls, Index, Workload, by_torch, differentiable, normal, size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +39,7 @@ class RepeatGroups(Workload):
         return differentiable(forward, inputs)
 
     def peers(self, inputs: dict[str, Tensor]) -> dict[str, Callable[[], Calls]]:
-        peers: dict[str, Callable[[], Calls]] = {
-            "torch": partial(differentiable, self.expand, inputs)
-        }
-        if inputs["x"].device.type == "cuda":
-            peers["torch.compile"] = lambda: differentiable(compiled(self.expand), inputs)
-        return peers
+        return by_torch(self.expand, inputs)
 
     def expand(self, x: Tensor) -> Tensor:
         """As transformers' repeat_kv does it."""
@@ -66,7 +61,3 @@ class RepeatGroups(Workload):
         elements = self.samples * self.seqlen * self.dim
         added = 0 if direction == "forward" else elements * self.repeats
         return Floor(bytes=elements * (1 + self.repeats) * self.itemsize, instructions=added)
-
-    def flops(self, direction: str) -> float:
-        """None of them are products of matrices."""
-        return 0.0

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...kernels.rotary import rotary, rotary_angles
 from ...kernels.routing import Route
 from ..peaks import Floor
-from .workload import Calls, Index, Workload, compiled, differentiable, normal, option, size
+from .workload import Calls, Index, Workload, by_torch, differentiable, normal, option, size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +40,7 @@ class Rotary(Workload):
         return differentiable(forward, inputs)
 
     def peers(self, inputs: dict[str, Tensor]) -> dict[str, Callable[[], Calls]]:
-        forward = self.turn(inputs["x"])
-        peers: dict[str, Callable[[], Calls]] = {"torch": partial(differentiable, forward, inputs)}
-        if inputs["x"].device.type == "cuda":
-            peers["torch.compile"] = lambda: differentiable(compiled(forward), inputs)
-        return peers
+        return by_torch(self.turn(inputs["x"]), inputs)
 
     def turn(self, like: Tensor) -> Callable[[Tensor], Tensor]:
         """The formula of transformers' Llama, or GPT-J where pairs are neighbours, with its tables
@@ -85,7 +81,3 @@ class Rotary(Workload):
         elements = self.samples * self.seqlen * self.heads * self.head_dim
         of_angles = 4 * self.seqlen * self.head_dim
         return Floor(bytes=2 * elements * self.itemsize + of_angles, instructions=3 * elements)
-
-    def flops(self, direction: str) -> float:
-        """None of them are products of matrices."""
-        return 0.0

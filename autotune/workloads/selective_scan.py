@@ -121,10 +121,6 @@ class SelectiveScan(Workload):
             instructions=14 * states,
         )
 
-    def flops(self, direction: str) -> float:
-        """None of them are products of matrices."""
-        return 0.0
-
 
 def scan_in_steps(inputs: dict[str, Tensor], dout: Tensor) -> Results:
     """Our reference and its gradients, some tokens at a time, as its graph keeps every state."""

@@ -207,9 +207,9 @@ class Workload(ABC):
     def floor(self, direction: str) -> Floor:
         """Of one direction, without a plus."""
 
-    @abstractmethod
     def flops(self, direction: str) -> float:
-        """What TFLOP/s are counted by: the products that the mathematics needs."""
+        """What TFLOP/s are counted by: the products of matrices that the mathematics needs."""
+        return 0.0
 
     def parts(self, direction: str) -> list[Floor]:
         """The floors of a direction's passes, one after the other; nothing without a sample."""
@@ -260,6 +260,16 @@ def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
     # Every shape is compiled anew, and torch keeps only so many versions of one function
     torch._dynamo.reset()
     return torch.compile(forward, dynamic=False, fullgraph=True)
+
+
+def by_torch(
+    forward: Callable[..., Any], inputs: Mapping[str, Tensor]
+) -> dict[str, Callable[[], Calls]]:
+    """The peers that a function of torch's own ops is: as it stands, and on a GPU compiled."""
+    peers: dict[str, Callable[[], Calls]] = {"torch": lambda: differentiable(forward, inputs)}
+    if inputs["dout"].device.type == "cuda":
+        peers["torch.compile"] = lambda: differentiable(compiled(forward), inputs)
+    return peers
 
 
 def lay_out(x: Tensor, axes: tuple[int, ...] | None) -> Tensor:
