@@ -27,12 +27,13 @@ help:
 demo: $(PACKAGE)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python examples/demo.py
 
+# Files start in their order: the one that compiles for minutes would else be the last.
 test: $(DEV) $(OLDEST)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile tests
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder tests
 
 # Compiling with that Triton is a part of `make test`.
 test-oldest: .venv-oldest/stamp
-	.venv-oldest/bin/python -m pytest --numprocesses auto --dist loadfile --ignore tests/autotune/test_inspection.py tests
+	.venv-oldest/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --ignore tests/autotune/test_inspection.py tests
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -76,6 +76,14 @@ def of_linear(facts: Facts) -> Mapping[str, tuple[int, ...]]:
     }  # fmt: skip
 
 
+def of_rotary(facts: Facts) -> Mapping[str, tuple[int, ...]]:
+    return {"ROWS": (1, 2, 4, 8, 16, 32, 64, 128, 256), "num_warps": (1, 2, 4, 8)}
+
+
+def of_update(facts: Facts) -> Mapping[str, tuple[int, ...]]:
+    return {"BLOCK_DIM": (1, 2, 4, 8, 16, 32, 64, 128, 256), "num_warps": (1, 2, 4, 8)}
+
+
 def scores_and(sums: Callable[[Config], int]) -> Held:
     """A tile of scores, and `sums` rows of sums of head_dim."""
 
@@ -93,6 +101,14 @@ def of_tile(config: Config, facts: Facts) -> int:
     return config["BLOCK_T"] * config["BLOCK_DIM"]
 
 
+def of_rows(config: Config, facts: Facts) -> int:
+    return config["ROWS"] * int(facts["width"])
+
+
+def of_channels(config: Config, facts: Facts) -> int:
+    return config["BLOCK_DIM"]
+
+
 def of_product(config: Config, facts: Facts) -> int:
     return config["rows"] * config["columns"]
 
@@ -108,6 +124,11 @@ SPACES = {
     "selective_scan.backward": Space(of_scan, of_states, 4, 32),
     "causal_conv1d.forward": Space(of_convolution, of_tile, 4, 32),
     "causal_conv1d.backward": Space(of_convolution, of_tile, 4, 16),
+    "rotary.forward": Space(of_rotary, of_rows, 1, 32),
+    "repeat_groups.repeat": Space(of_convolution, of_tile, 4, 32),
+    "repeat_groups.add_up": Space(of_convolution, of_tile, 4, 32),
+    "selective_state_update.update": Space(of_update, of_states, 1, 32),
+    "causal_conv1d_update.update": Space(of_update, of_channels, 1, 8),
     "linear.forward": Space(of_linear, of_product, 32, 128),
     "linear.weight_gradient": Space(of_linear, of_product, 32, 128),
 }

@@ -18,7 +18,7 @@ from .timing import (
     rounds_within,
     take_turns,
 )
-from .workloads import Calls, MissingPeer, Prepared, Workload
+from .workloads import Calls, MissingPeer, Prepared, Workload, first_results
 
 OURS = "ours"
 FEWEST, MOST = 5, 50  # rounds
@@ -96,13 +96,13 @@ def check(
 ) -> tuple[dict[str, Calls], dict[str, str]]:
     """Who may be timed, ours first, and why the others may not: a peer that refuses this shape,
     or computes something else."""
-    wrong = prepared.wrong(prepared.ours[direction]())
+    wrong = prepared.wrong(first_results(prepared.ours[direction]))
     if wrong:
         raise WrongResult(wrong)
     entrants, excluded = {OURS: prepared.ours}, {}
     for name, calls in peers.items():
         try:
-            wrong = prepared.wrong(calls[direction]())
+            wrong = prepared.wrong(first_results(calls[direction]))
         except Exception as error:  # of any library: what it refuses is its reason
             wrong = f"raises {said(error)}"
         if wrong:

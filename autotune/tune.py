@@ -29,7 +29,7 @@ from .offline import offline
 from .on_meta import calls_on_meta, launching
 from .pruning import Survey
 from .timing import Timing
-from .workloads import Calls, Prepared, Results, Workload
+from .workloads import Calls, Prepared, Results, Workload, first_results
 
 TOGETHER = 8  # candidates that are timed turn by turn
 
@@ -108,16 +108,16 @@ def contest(workload: Workload, prepared: Prepared, task: Task, machine: Machine
     kernel = task.key.kernel
     surveys = survivors(workload, task, machine.prune, machine.say)
     call = prepared.ours[task.direction]
+    first = partial(first_results, call)
     as_is = partial(call_with, kernel, task.heuristic, call)
-    sentence = fault(as_is, prepared)
+    sentence = fault(partial(call_with, kernel, task.heuristic, first), prepared)
     if sentence is not None:
         raise ValueError(f"{workload.name}, {task.name}: untuned, {sentence}")
     right, wrong = [], 0
     for survey in surveys:
-        run = partial(call_with, kernel, survey.config, call)
-        sentence = fault(run, prepared)
+        sentence = fault(partial(call_with, kernel, survey.config, first), prepared)
         if sentence is None:
-            right.append((survey.config, run))
+            right.append((survey.config, partial(call_with, kernel, survey.config, call)))
         else:
             wrong += 1
             machine.say(f"  refused {in_words(survey.config)}: {sentence}")

@@ -15,7 +15,7 @@ import torch
 import tossup
 from tossup.autotune.races import said
 from tossup.autotune.timing import CpuStopwatch, GpuStopwatch, Run
-from tossup.autotune.workloads import Prepared, Workload, build
+from tossup.autotune.workloads import Prepared, Workload, build, first_results
 
 
 class Worker:
@@ -44,7 +44,7 @@ class Worker:
             self.workload = workload, workload.prepare(self.device)
         prepared = self.workload[1]
         with self.stopwatch.here():
-            wrong = prepared.wrong(prepared.ours[direction]())
+            wrong = prepared.wrong(first_results(prepared.ours[direction]))
         if wrong:
             raise ValueError(f"not timed: {wrong}")
         return self.stopwatch.prepare(prepared.ours[direction])

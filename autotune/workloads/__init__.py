@@ -8,11 +8,21 @@ from typing import Any
 
 from .attention import Attention
 from .causal_conv1d import CausalConv1d
+from .causal_conv1d_update import CausalConv1dUpdate
 from .linear import Linear
 from .repeat_groups import RepeatGroups
 from .rotary import Rotary
 from .selective_scan import SelectiveScan
-from .workload import Calls, Expected, MissingPeer, Prepared, Results, Workload
+from .selective_state_update import SelectiveStateUpdate
+from .workload import (
+    Calls,
+    Expected,
+    MissingPeer,
+    Prepared,
+    Results,
+    Workload,
+    first_results,
+)
 
 __all__ = [
     "OPS",
@@ -23,12 +33,23 @@ __all__ = [
     "Results",
     "Workload",
     "build",
+    "first_results",
     "keys",
     "shipped",
 ]
 
 OPS: dict[str, type[Workload]] = {
-    kind.op: kind for kind in (Attention, SelectiveScan, CausalConv1d, Linear, Rotary, RepeatGroups)
+    kind.op: kind
+    for kind in (
+        Attention,
+        SelectiveScan,
+        CausalConv1d,
+        Linear,
+        Rotary,
+        RepeatGroups,
+        SelectiveStateUpdate,
+        CausalConv1dUpdate,
+    )
 }
 
 
@@ -66,6 +87,8 @@ ON_CPU: tuple[Workload, ...] = (
     Linear(batch=2, seqlen=512, in_features=256, out_features=512, dtype="fp32"),
     Rotary(batch=2, seqlen=512, heads=8, head_dim=64, dtype="fp32"),
     RepeatGroups(batch=2, seqlen=512, dim=128, dtype="fp32"),
+    SelectiveStateUpdate(batch=64, dim=256, dtype="fp32"),
+    CausalConv1dUpdate(batch=64, dim=256, dtype="fp32"),
 )
 
 ON_GPU: tuple[Workload, ...] = (
@@ -76,6 +99,7 @@ ON_GPU: tuple[Workload, ...] = (
     Attention(batch=4, seqlen=4096, heads=32, kv_heads=8),
     Attention(batch=4, seqlen=4096, heads=32, kv_heads=32, head_dim=64),
     Attention(batch=2, seqlen=8192, heads=16, kv_heads=16, window=1023),
+    Attention(batch=16, seqlen=8192, queries=1),
     Attention(batch=4, seqlen=4096, heads=16, kv_heads=16, active=2),
     Attention(batch=4, seqlen=4096, heads=16, kv_heads=16, active=0),
     SelectiveScan(batch=8, seqlen=4096, dim=4096),
@@ -96,4 +120,8 @@ ON_GPU: tuple[Workload, ...] = (
     Linear(batch=4, in_features=2048, out_features=2048, active=0),
     Rotary(batch=4, seqlen=4096, heads=16),
     RepeatGroups(batch=8, seqlen=4096),
+    SelectiveStateUpdate(batch=64),
+    SelectiveStateUpdate(batch=256, state=128),
+    SelectiveStateUpdate(batch=64, active=0),
+    CausalConv1dUpdate(batch=64),
 )  # fmt: skip

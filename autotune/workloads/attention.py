@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from ...kernels.flash_attention import flash_attention
 from ...kernels.flash_attention.reference import attend
@@ -18,7 +19,7 @@ from .workload import (
     Calls,
     Index,
     MissingPeer,
-    Workload,
+    SequenceWorkload,
     compiled,
     differentiable,
     normal,
@@ -33,7 +34,7 @@ TORCH_AXES = {name: (0, 2, 1, 3) for name in ("q", "k", "v", "out")}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attention(Workload):
+class Attention(SequenceWorkload):
     op = "attention"
     per_sample = frozenset(("q", "k", "v", "dout"))
 
@@ -42,6 +43,7 @@ class Attention(Workload):
     head_dim: int = size(128, "channels of a head")
     causal: bool = option(True, "a query sees no later key")
     window: int | None = option(None, "keys before its own that a query sees; null: all")
+    queries: int | None = option(None, "tokens that ask, the last ones; null: all", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +53,13 @@ class Attention(Workload):
             )
         if self.window is not None and not self.causal:
             raise ValueError("window takes causal=true")
+        if self.queries is not None and self.queries > self.seqlen:
+            raise ValueError(f"queries takes at most seqlen = {self.seqlen}, got {self.queries}")
+
+    @property
+    def asking(self) -> int:
+        """Queries of a sample."""
+        return self.seqlen if self.queries is None else self.queries
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -62,20 +71,18 @@ class Attention(Workload):
         """Queries and keys that see each other, over all heads and samples with work."""
         n = self.seqlen
         if not self.causal:
-            seen = n * n
+            seen = self.asking * n
         else:
             full = n if self.window is None else min(n, self.window + 1)  # the most that one sees
-            seen = full * (full + 1) // 2 + (n - full) * full
+            first = min(n - self.asking + 1, full)  # what the first query sees; the next, one more
+            seen = (full - first) * (full + first - 1) // 2 + (self.asking - full + first) * full
         return seen * self.heads * self.samples
 
     def inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
-        shapes = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads, "dout": self.heads}
-        return {
-            name: normal(
-                generator, self.batch, self.seqlen, heads, self.head_dim, dtype=self.torch_dtype
-            )
-            for name, heads in shapes.items()
-        }
+        of_q = self.batch, self.asking, self.heads, self.head_dim
+        of_k = self.batch, self.seqlen, self.kv_heads, self.head_dim
+        shapes = {"q": of_q, "k": of_k, "v": of_k, "dout": of_q}
+        return {n: normal(generator, *s, dtype=self.torch_dtype) for n, s in shapes.items()}
 
     def ours(self, inputs: dict[str, Tensor], route: Route | None) -> Calls:
         forward = partial(
@@ -95,12 +102,15 @@ class Attention(Workload):
     def sdpa(self, inputs: dict[str, Tensor], backend: SDPBackend | None) -> Calls:
         if self.window is not None:
             raise MissingPeer("has no sliding window")
-        grouped = self.heads != self.kv_heads
+        grouped, causal = self.heads != self.kv_heads, self.causal and self.asking > 1
+        mask = None
+        if causal and self.asking < self.seqlen:  # is_causal would align the first queries
+            causal, mask = False, causal_lower_right(self.asking, self.seqlen)
 
         def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(backend) if backend else nullcontext():
                 return F.scaled_dot_product_attention(
-                    q, k, v, is_causal=self.causal, enable_gqa=grouped
+                    q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
                 )
 
         return differentiable(forward, inputs, TORCH_AXES)
@@ -108,16 +118,17 @@ class Attention(Workload):
     def flex(self, inputs: dict[str, Tensor]) -> Calls:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        left, _ = self.sides
+        (left, _), before = self.sides, self.seqlen - self.asking
 
         def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            query = query + before
             seen = query >= key
             return seen & (query - key <= left) if left >= 0 else seen
 
         mask = None
         if self.causal:
             device = inputs["q"].device
-            mask = create_block_mask(sees, None, None, self.seqlen, self.seqlen, device=device)
+            mask = create_block_mask(sees, None, None, self.asking, self.seqlen, device=device)
         attend_flexibly = compiled(flex_attention)
         grouped = self.heads != self.kv_heads
 
@@ -140,9 +151,9 @@ class Attention(Workload):
         )
         dout, outs = cast(inputs["dout"][of_q]), []
         sums = [torch.zeros_like(x, dtype=torch.float64) for x in (q, k, v)]
-        for start in range(0, self.seqlen, BLOCK):
-            stop = min(start + BLOCK, self.seqlen)
-            seen = slice(0, stop if self.causal else None)
+        for start in range(0, self.asking, BLOCK):
+            stop = min(start + BLOCK, self.asking)
+            seen = slice(0, self.seqlen - self.asking + stop if self.causal else None)
             out, _ = attend(
                 q[:, start:stop], k[:, seen], v[:, seen], *self.sides, self.head_dim**-0.5,
                 0.0, None, 0.0, None, torch.zeros(1, dtype=torch.int64, device=q.device),
@@ -157,10 +168,10 @@ class Attention(Workload):
             yield name, index, total.to(q.dtype)
 
     def floor(self, direction: str) -> Floor:
-        tokens = self.samples * self.seqlen
-        of_q = tokens * self.heads * self.head_dim * self.itemsize
-        of_k = tokens * self.kv_heads * self.head_dim * self.itemsize
-        of_lse = 4 * tokens * self.heads
+        queries = self.samples * self.asking * self.heads
+        of_q = queries * self.head_dim * self.itemsize
+        of_k = self.tokens * self.kv_heads * self.head_dim * self.itemsize
+        of_lse = 4 * queries
         if direction == "forward":
             return Floor(
                 bytes=2 * of_q + 2 * of_k + of_lse,

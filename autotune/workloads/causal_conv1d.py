@@ -12,13 +12,13 @@ from ...kernels.causal_conv1d import causal_conv1d
 from ...kernels.routing import Route
 from ..peaks import Floor
 from .upstream import extension
-from .workload import Calls, Index, Results, Workload, differentiable, normal, size
+from .workload import Calls, Index, Results, SequenceWorkload, differentiable, normal, size
 
 CHANNELS = 64  # that are compared
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalConv1d(Workload):
+class CausalConv1d(SequenceWorkload):
     op = "causal_conv1d"
     per_sample = frozenset(("x", "dout"))
 
@@ -59,7 +59,7 @@ class CausalConv1d(Workload):
             yield name, index[name if name == "out" else name[1:]], value.detach()
 
     def floor(self, direction: str) -> Floor:
-        elements = self.samples * self.seqlen * self.dim
+        elements = self.tokens * self.dim
         if direction == "forward":
             return Floor(
                 bytes=2 * elements * self.itemsize, mufu=2 * elements, instructions=20 * elements

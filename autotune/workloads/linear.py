@@ -10,13 +10,13 @@ from torch import Tensor
 from ...kernels.linear import linear, weight_gradient_into
 from ...kernels.routing import Route
 from ..peaks import Floor
-from .workload import Calls, Index, Results, Workload, normal, size
+from .workload import Calls, Index, Results, SequenceWorkload, normal, size
 
 TOKENS, ROWS = 256, 64  # of a sample and of the weight's gradient, that are compared
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(Workload):
+class Linear(SequenceWorkload):
     op = "linear"
     directions = ("forward", "dgrad", "wgrad")
     per_sample = frozenset(("x", "dout"))
@@ -67,15 +67,14 @@ class Linear(Workload):
         yield "dweight", (rows,), above.t() @ cast(x).flatten(0, 1)
 
     def floor(self, direction: str) -> Floor:
-        tokens = self.samples * self.seqlen
-        activations = tokens * (self.in_features + self.out_features)
+        activations = self.tokens * (self.in_features + self.out_features)
         return Floor(
             bytes=(activations + self.in_features * self.out_features) * self.itemsize,
             **self.products(self.flops(direction)),
         )
 
     def flops(self, direction: str) -> float:
-        return 2.0 * self.samples * self.seqlen * self.in_features * self.out_features
+        return 2.0 * self.tokens * self.in_features * self.out_features
 
 
 def torch_products(inputs: dict[str, Tensor]) -> Calls:

@@ -10,11 +10,11 @@ from torch import Tensor
 from ...kernels.repeat_groups import repeat_groups
 from ...kernels.routing import Route
 from ..peaks import Floor
-from .workload import Calls, Index, Workload, by_torch, differentiable, normal, size
+from .workload import Calls, Index, SequenceWorkload, by_torch, differentiable, normal, size
 
 
 @dataclass(frozen=True, kw_only=True)
-class RepeatGroups(Workload):
+class RepeatGroups(SequenceWorkload):
     op = "repeat_groups"
     per_sample = frozenset(("x", "dout"))
 
@@ -58,6 +58,6 @@ class RepeatGroups(Workload):
         yield "dx", index, torch.zeros_like(x).index_add_(-1, source, dout)
 
     def floor(self, direction: str) -> Floor:
-        elements = self.samples * self.seqlen * self.dim
+        elements = self.tokens * self.dim
         added = 0 if direction == "forward" else elements * self.repeats
         return Floor(bytes=elements * (1 + self.repeats) * self.itemsize, instructions=added)

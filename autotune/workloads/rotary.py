@@ -10,11 +10,11 @@ from torch import Tensor
 from ...kernels.rotary import rotary, rotary_angles
 from ...kernels.routing import Route
 from ..peaks import Floor
-from .workload import Calls, Index, Workload, by_torch, differentiable, normal, option, size
+from .workload import Calls, Index, SequenceWorkload, by_torch, differentiable, normal, option, size
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rotary(Workload):
+class Rotary(SequenceWorkload):
     op = "rotary"
     per_sample = frozenset(("x", "dout"))
 
@@ -78,6 +78,6 @@ class Rotary(Workload):
 
     def floor(self, direction: str) -> Floor:
         """The same backward, which turns by the opposite angles."""
-        elements = self.samples * self.seqlen * self.heads * self.head_dim
+        elements = self.tokens * self.heads * self.head_dim
         of_angles = 4 * self.seqlen * self.head_dim
         return Floor(bytes=2 * elements * self.itemsize + of_angles, instructions=3 * elements)

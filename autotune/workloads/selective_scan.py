@@ -13,13 +13,13 @@ from ...kernels.selective_scan import selective_scan
 from ...kernels.selective_scan.ops import CHUNKS
 from ...kernels.selective_scan.reference import selective_scan_reference
 from ..peaks import Floor
-from .upstream import extension, mamba_ssm_reference, transformers_scan
+from .upstream import extension, mamba_ssm, transformers_scan
 from .workload import (
     Calls,
     Index,
     MissingPeer,
     Results,
-    Workload,
+    SequenceWorkload,
     differentiable,
     inverse,
     lay_out,
@@ -37,7 +37,7 @@ AXES: dict[str, tuple[int, ...]] = {name: (0, 2, 1) for name in ("u", "delta", "
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectiveScan(Workload):
+class SelectiveScan(SequenceWorkload):
     op = "selective_scan"
     per_sample = frozenset(("u", "delta", "B", "C", "z", "dout"))
 
@@ -104,11 +104,10 @@ class SelectiveScan(Workload):
                 yield name, index[name if name == "out" else name[1:]], results[name]
 
     def floor(self, direction: str) -> Floor:
-        tokens = self.samples * self.seqlen
-        channels = tokens * self.dim
+        channels = self.tokens * self.dim
         states = channels * self.state
         kept = 4 * states / CHUNKS["triton"]
-        of_group = tokens * self.groups * self.state * self.itemsize
+        of_group = self.tokens * self.groups * self.state * self.itemsize
         if direction == "forward":
             return Floor(
                 bytes=4 * channels * self.itemsize + kept + 2 * of_group,
@@ -144,7 +143,7 @@ def scan_in_steps(inputs: dict[str, Tensor], dout: Tensor) -> Results:
 
 
 def upstream_reference(inputs: dict[str, Tensor]) -> Calls:
-    scan = mamba_ssm_reference().selective_scan_ref
+    scan = mamba_ssm("selective_scan_interface").selective_scan_ref
     return differentiable(partial(scan, delta_softplus=True), inputs, AXES)
 
 

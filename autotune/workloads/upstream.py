@@ -5,6 +5,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import ModuleType
 
 from .workload import MissingPeer
@@ -13,6 +14,9 @@ from .workload import MissingPeer
 @contextmanager
 def stand_in(module: str) -> Iterator[None]:
     """An empty module in place of one that is not installed, while another is imported."""
+    if find_spec(module):
+        yield
+        return
     sys.modules[module] = ModuleType(module)
     try:
         yield
@@ -20,9 +24,9 @@ def stand_in(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
-def mamba_ssm_reference() -> ModuleType:
-    """The module of `selective_scan_ref`, which needs no extension, but imports one."""
-    name = "mamba_ssm.ops.selective_scan_interface"
+def mamba_ssm(module: str) -> ModuleType:
+    """A module of mamba_ssm.ops: Python that needs no extension, but the package imports one."""
+    name = f"mamba_ssm.ops.{module}"
     try:
         if name in sys.modules:
             return sys.modules[name]

@@ -81,7 +81,7 @@ class Prepared:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload(ABC):
-    """The keys are the op's sizes; `op` and `directions` belong to the class.
+    """The keys are the op's sizes; `op`, `directions` and `per_sample` belong to the class.
 
     An op's class says how inputs are made and what ours and the peers do with them. Results of all
     of them are named alike, and lie as ours, by views that cost no copy.
@@ -91,7 +91,6 @@ class Workload(ABC):
     directions: ClassVar[tuple[str, ...]] = ("forward", "backward", "forward+backward")
 
     batch: int = size(1, "samples")
-    seqlen: int = size(4096, "tokens of a sample")
     dtype: str = field(default="bf16", metadata={"about": "of activations: bf16, fp16 or fp32"})
     active: int | None = option(
         None, "samples that a route takes, the first ones; 0: gated off; null: no route"
@@ -116,8 +115,8 @@ class Workload(ABC):
     @classmethod
     def keys(cls) -> tuple[Field, ...]:
         """The batch first, then the op's own, and last what all ops have."""
-        batch, seqlen, dtype, active, *own = fields(cls)
-        return batch, seqlen, *own, dtype, active
+        batch, dtype, active, *own = fields(cls)
+        return batch, *own, dtype, active
 
     @property
     def name(self) -> str:
@@ -141,6 +140,11 @@ class Workload(ABC):
     def samples(self) -> int:
         """How many of the batch there is work for."""
         return self.batch if self.active is None else self.active
+
+    @property
+    def tokens(self) -> int:
+        """How many there is work for, of all samples together."""
+        return self.samples
 
     def products(self, flops: float) -> dict[str, float]:
         """FLOPs of matrix products, as a floor counts them in this dtype."""
@@ -173,14 +177,13 @@ class Workload(ABC):
         tokens, in float32 and in whatever order, is rounded log2 of them times at least; such
         errors add up as their root. Whole inputs may be too many for float64, so that an op chooses
         of which parts of its results to compute the reference."""
-        tokens = self.samples * self.seqlen
-        summed = torch.finfo(torch.float32).eps * math.log2(max(2, tokens)) ** 0.5
+        summed = torch.finfo(torch.float32).eps * math.log2(max(2, self.tokens)) ** 0.5
         rounding = torch.finfo(self.torch_dtype).eps
         exactly = self.reference(inputs, lambda x: x.detach().double())
         roughly = self.reference(inputs, lambda x: x.detach())
         for (name, index, value), (_, _, rough) in zip(exactly, roughly, strict=True):
             error = (rough.double() - value).abs().max()
-            with_batch = name == "out" or name[1:] in self.per_sample
+            with_batch = name == "out" or name.removeprefix("d") in self.per_sample
             band = rounding if with_batch else max(rounding, summed)
             yield Expected(name, index, value, 2 * (error + band * value.abs().max()).item())
 
@@ -188,7 +191,7 @@ class Workload(ABC):
 
     @abstractmethod
     def inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """By name, and `dout`, the gradient of the output; on the generator's device."""
+        """By name, on the generator's device; where there are gradients, `dout`, the output's."""
 
     @abstractmethod
     def ours(self, inputs: dict[str, Tensor], route: Route | None) -> Calls: ...
@@ -214,6 +217,40 @@ class Workload(ABC):
     def parts(self, direction: str) -> list[Floor]:
         """The floors of a direction's passes, one after the other; nothing without a sample."""
         return [self.floor(part) if self.samples else Floor() for part in direction.split("+")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceWorkload(Workload):
+    """An op on whole sequences, all of one length."""
+
+    seqlen: int = size(4096, "tokens of a sample")
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.seqlen
+
+
+class Advance:
+    """A call of an op that overwrites a state: it goes on from where the last one left it.
+
+    step: from the state, which it overwrites, to the output. state: what the first call begins
+    with; it stays as it is.
+    """
+
+    def __init__(self, step: Callable[[Tensor], Tensor], state: Tensor):
+        self.step, self.beginning, self.state = step, state, state.clone()
+
+    def __call__(self) -> Results:
+        return {"out": self.step(self.state), "state": self.state}
+
+    def anew(self) -> Results:
+        self.state.copy_(self.beginning)
+        return self()
+
+
+def first_results(call: Call) -> Results:
+    """What a call gives when it is the first, which is what the reference knows."""
+    return call.anew() if isinstance(call, Advance) else call()
 
 
 def differentiable(

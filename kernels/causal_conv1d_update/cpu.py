@@ -1,4 +1,4 @@
-"""CPU backend: the window of each token gathered from the state and the new tokens, one product.
+"""CPU backend: the new tokens behind the state's, and a multiply-add for each tap.
 
 Floor: latency. A step of one token touches `width` numbers per channel.
 """
@@ -14,28 +14,40 @@ def update(
     x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices, count, samples
 ):
     rows = rows_of(count, samples)
-    seqlen, state_len = x.shape[1], conv_state.shape[1]
-    past = weight.shape[1] - 1
-    entries = torch.arange(len(x)) if conv_state_indices is None else conv_state_indices.long()
-    entries, tokens = entries[rows], x[rows]
+    first = None if cache_seqlens is None else cache_seqlens[rows].long()[:, None]
+    if conv_state_indices is None:
+        out, conv_state[rows] = convolve(x[rows], conv_state[rows], weight, bias, activation, first)
+        return place(rows, out, len(x), x.dtype)
+    entries = conv_state_indices[rows].long()
     valid = entries >= 0
-    state = conv_state[entries.clamp(min=0)]  # (batch, state_len, dim)
-    if cache_seqlens is None:
+    state = conv_state[entries.clamp(min=0)]
+    out, after = convolve(x[rows], state, weight, bias, activation, first)
+    conv_state[entries[valid]] = after[valid]
+    return place(rows, out.masked_fill(~valid[:, None, None], 0.0), len(x), x.dtype)
+
+
+def convolve(x, state, weight, bias, activation, first):
+    """The output, and the state (batch, state_len, dim) afterwards.
+
+    first: (batch, 1), the place of each sample's first token in the ring, which is overwritten, or
+        None.
+    """
+    seqlen, state_len, past = x.shape[1], state.shape[1], weight.shape[1] - 1
+    tokens = x.to(state.dtype)
+    if first is None:
         before = state[:, state_len - past :]
-        after = torch.cat((state, tokens.to(state.dtype)), 1)[:, seqlen:]
+        after = torch.cat((state, tokens), 1)[:, seqlen:]
     else:
-        first = cache_seqlens[rows].long()[:, None]
         batch = torch.arange(len(first))[:, None]
         before = state[batch, (first + torch.arange(-past, 0)) % state_len]
-        after = state.clone()
-        after[batch, (first + torch.arange(seqlen)) % state_len] = tokens.to(state.dtype)
-    conv_state[entries[valid]] = after[valid]
+        state[batch, (first + torch.arange(seqlen)) % state_len] = tokens
+        after = state
 
     real = wide(x.dtype)
-    inputs = torch.cat((before, tokens.to(state.dtype)), 1).to(real)
-    out = torch.einsum("btdw,dw->btd", inputs.unfold(1, past + 1, 1), weight.to(real))
+    inputs, taps = torch.cat((before, tokens), 1).to(real), weight.to(real).unbind(1)
+    out = inputs[:, past:] * taps[past]
+    for k in range(past):
+        out.addcmul_(inputs[:, k : k + seqlen], taps[k])
     if bias is not None:
-        out = out + bias.to(real)
-    if activation == "silu":
-        out = F.silu(out)
-    return place(rows, out.masked_fill(~valid[:, None, None], 0.0), len(x), x.dtype)
+        out += bias.to(real)
+    return F.silu(out) if activation == "silu" else out, after

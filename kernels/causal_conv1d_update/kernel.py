@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import configs
 from ..precision import refuse_float64
 from ..routing.gate import active_sample
 from ..target import refuse_more_samples_than_programs
@@ -98,12 +99,22 @@ def update(
     refuse_float64(x=x, conv_state=conv_state, weight=weight, bias=bias)
     refuse_more_samples_than_programs(len(x))
     batch, seqlen, dim = x.shape
-    block = min(256, triton.next_power_of_2(dim))
+    options = configure(x, weight.shape[1], cache_seqlens is not None)
     out = x.new_empty(x.shape)
-    update_kernel[(triton.cdiv(dim, block), batch)](
+    update_kernel[(triton.cdiv(dim, options["BLOCK_DIM"]), batch)](
         x, conv_state, weight, bias, cache_seqlens, conv_state_indices, count, samples, out,
         seqlen, conv_state.shape[1], dim, x.stride(), conv_state.stride(), weight.stride(),
         0 if bias is None else bias.stride(0),
-        SILU=activation == "silu", WIDTH=weight.shape[1], BLOCK_DIM=block, num_warps=4,
+        SILU=activation == "silu", WIDTH=weight.shape[1], **options,
     )  # fmt: skip
     return out
+
+
+def configure(x: Tensor, width: int, ring: bool) -> configs.Config:
+    """How many channels a program takes, and its warps."""
+    batch, seqlen, dim = x.shape
+    facts = {"dtype": str(x.dtype), "width": width, "ring": ring}
+    # What is larger counts as no larger: by then a GPU is full
+    sizes = {"tokens": min(batch * seqlen, 1024), "channels": min(dim, 16384)}
+    heuristic = {"BLOCK_DIM": min(256, triton.next_power_of_2(dim)), "num_warps": 4}
+    return configs.choose("causal_conv1d_update.update", facts, sizes, heuristic)

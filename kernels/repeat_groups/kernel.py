@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import configs
 from ..precision import refuse_float64
 from ..routing.gate import active_sample
 from ..target import refuse_more_samples_than_programs
@@ -77,24 +78,35 @@ def add_up_kernel(
 def repeat(
     out: Tensor, x: Tensor, group: int, count: Tensor | None, samples: Tensor | None
 ) -> None:
-    launch(repeat_kernel, out, x, group, count, samples)
+    launch(repeat_kernel, "repeat", out, x, group, count, samples)
 
 
 def add_up(
     out: Tensor, x: Tensor, group: int, count: Tensor | None, samples: Tensor | None
 ) -> None:
-    launch(add_up_kernel, out, x, group, count, samples)
+    launch(add_up_kernel, "add_up", out, x, group, count, samples)
 
 
-def launch(kernel, out, x, group, count, samples):
+def launch(kernel, name, out, x, group, count, samples):
     """Tiles cover the narrower of x and out."""
     refuse_float64(x=x, out=out)
     refuse_more_samples_than_programs(len(x))
     dim, wider = sorted((x.shape[2], out.shape[2]))
-    block_dim = min(triton.next_power_of_2(dim), 256)
-    block_t = 2048 // block_dim
     batch, seqlen, _ = x.shape
-    kernel[(triton.cdiv(seqlen, block_t), triton.cdiv(dim, block_dim), batch)](
+    options = configure(name, x, dim, wider // dim)
+    grid = (triton.cdiv(seqlen, options["BLOCK_T"]), triton.cdiv(dim, options["BLOCK_DIM"]), batch)
+    kernel[grid](
         x, out, count, samples, seqlen, dim, x.stride(), out.stride(),
-        GROUP=group, REPEATS=wider // dim, BLOCK_T=block_t, BLOCK_DIM=block_dim,
+        GROUP=group, REPEATS=wider // dim, **options,
     )  # fmt: skip
+
+
+def configure(kernel: str, x: Tensor, dim: int, repeats: int) -> configs.Config:
+    """A tile and its warps; untuned, 2048 channels, along channels first. dim: of the narrower."""
+    batch, seqlen, _ = x.shape
+    facts = {"dtype": str(x.dtype), "repeats": repeats}
+    # What is larger counts as no larger: by then a GPU is full
+    sizes = {"tokens": min(batch * seqlen, 65536), "channels": min(dim, 4096)}
+    block_dim = min(triton.next_power_of_2(dim), 256)
+    heuristic = {"BLOCK_T": 2048 // block_dim, "BLOCK_DIM": block_dim, "num_warps": 4}
+    return configs.choose(f"repeat_groups.{kernel}", facts, sizes, heuristic)

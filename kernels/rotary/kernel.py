@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import configs
 from ..precision import refuse_float64
 from ..routing.gate import active_sample
 from ..target import refuse_more_samples_than_programs
@@ -72,15 +73,25 @@ def forward(
     half = cos.shape[-1]
     rest = head_dim - 2 * half
     block, block_rest = (triton.next_power_of_2(max(1, n)) for n in (half, rest))
-    rows = max(1, 1024 // max(block, block_rest))
+    options = configure(x, max(block, block_rest), interleaved)
     out = x.new_empty(x.shape) if out is None else out
-    rotary_kernel[(triton.cdiv(seqlen * heads, rows), batch)](
+    rotary_kernel[(triton.cdiv(seqlen * heads, options["ROWS"]), batch)](
         x, cos, sin, count, samples, out,
         seqlen, heads, x.stride(), out.stride(), angle_strides(cos), angle_strides(sin),
-        HALF=half, REST=rest, INTERLEAVED=interleaved,
-        ROWS=rows, BLOCK=block, BLOCK_REST=block_rest,
+        HALF=half, REST=rest, INTERLEAVED=interleaved, BLOCK=block, BLOCK_REST=block_rest,
+        **options,
     )  # fmt: skip
     return out
+
+
+def configure(x: Tensor, width: int, interleaved: bool) -> configs.Config:
+    """A tile's rows and its warps; untuned, tiles of 1024. width: of a tile."""
+    batch, seqlen, heads, _ = x.shape
+    facts = {"dtype": str(x.dtype), "width": width, "interleaved": interleaved}
+    # What is larger counts as no larger: by then a GPU is full
+    sizes = {"rows": min(batch * seqlen * heads, 2**20)}
+    heuristic = {"ROWS": max(1, 1024 // width), "num_warps": 4}
+    return configs.choose("rotary.forward", facts, sizes, heuristic)
 
 
 def angle_strides(angles: Tensor) -> tuple[int, ...]:

@@ -6,10 +6,12 @@ the 4.8 TB/s of an H200 (at 8 bytes an SM gets 2.5 states per cycle, and has 16 
 1000 channels · samples a launch's latency is all there is. How near the kernel comes: not measured.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import configs
 from ..precision import refuse_float64
 from ..routing.gate import active_sample
 from ..selective_scan.tiles import LOG2_E, sigmoid, softplus
@@ -73,14 +75,24 @@ def update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, count, samples) ->
     refuse_more_samples_than_programs(len(x))
     batch, dim, n = state.shape
     states = triton.next_power_of_2(n)
-    block = max(1, 2048 // states)
+    options = configure(x, states, state.dtype)
     out = x.new_empty((batch, dim))
-    update_kernel[(triton.cdiv(dim, block), batch)](
+    update_kernel[(triton.cdiv(dim, options["BLOCK_DIM"]), batch)](
         state, x, dt, A, B, C, D, z, dt_bias, count, samples, out,
         dim, B.shape[1], C.shape[1],
         state.stride(), x.stride(), dt.stride(), A.stride(), B.stride(), C.stride(),
         0 if D is None else D.stride(0), (0, 0) if z is None else z.stride(),
         0 if dt_bias is None else dt_bias.stride(0),
-        SOFTPLUS=dt_softplus, STATE=n, STATES=states, BLOCK_DIM=block, num_warps=4,
+        SOFTPLUS=dt_softplus, STATE=n, STATES=states, **options,
     )  # fmt: skip
     return out
+
+
+def configure(x: Tensor, states: int, of_state: torch.dtype) -> configs.Config:
+    """A tile's channels and its warps; untuned, tiles of 2048 states."""
+    batch, dim = x.shape
+    facts = {"dtype": str(x.dtype), "state": str(of_state), "states": states}
+    # What is larger counts as no larger: by then a GPU is full
+    sizes = {"samples": min(batch, 1024), "channels": min(dim, 16384)}
+    heuristic = {"BLOCK_DIM": max(1, 2048 // states), "num_warps": 4}
+    return configs.choose("selective_state_update.update", facts, sizes, heuristic)

@@ -4,7 +4,18 @@ import pytest
 import torch
 
 from tossup.autotune.peaks import PEAKS, Floor, Peak
-from tossup.autotune.workloads import OPS, MissingPeer, Prepared, Workload, build, keys, shipped
+from tossup.autotune.workloads import (
+    OPS,
+    MissingPeer,
+    Prepared,
+    Workload,
+    attention,
+    build,
+    first_results,
+    keys,
+    selective_scan,
+    shipped,
+)
 
 SMALL = {
     "attention": {"seqlen": 37, "heads": 4, "kv_heads": 2, "head_dim": 16},
@@ -13,6 +24,8 @@ SMALL = {
     "linear": {"seqlen": 37, "in_features": 24, "out_features": 40},
     "rotary": {"seqlen": 37, "heads": 3, "head_dim": 10},
     "repeat_groups": {"seqlen": 37, "dim": 15, "group": 5, "repeats": 3},
+    "selective_state_update": {"dim": 24, "state": 4, "groups": 2},
+    "causal_conv1d_update": {"seqlen": 2, "dim": 24},
 }
 every_op = pytest.mark.parametrize("op", OPS)
 
@@ -40,9 +53,10 @@ def test_ours_and_a_peer_agree_with_the_reference_in_every_direction(op, active)
     assert peers
     for direction in workload.directions:
         for calls in (prepared.ours, *peers.values()):
-            results = calls[direction]()
+            results = first_results(calls[direction])
             assert prepared.wrong(results) is None
-            again = calls[direction]()  # a call leaves nothing behind that changes the next
+            calls[direction]()
+            again = first_results(calls[direction])  # nothing is left of the calls before
             for name, value in results.items():
                 torch.testing.assert_close(
                     value[: workload.samples], again[name][: workload.samples]
@@ -68,26 +82,56 @@ def test_every_result_is_compared_and_a_wrong_one_is_named(op):
     [
         ("attention", {"window": 9}),
         ("attention", {"causal": False}),
+        ("attention", {"queries": 1}),
+        ("attention", {"queries": 20}),
+        ("attention", {"queries": 20, "causal": False}),
+        ("attention", {"queries": 20, "window": 9}),
         ("attention", {"dtype": "bf16"}),
         ("rotary", {"interleaved": True}),
         ("rotary", {"dtype": "bf16"}),
         ("repeat_groups", {"dtype": "bf16"}),
+        ("causal_conv1d_update", {"dtype": "bf16", "seqlen": 5, "width": 3}),
     ],
 )
 def test_ours_and_a_peer_agree_in_variants(op, values):
     workload = small(op, **values)
     prepared = workload.prepare("cpu")
     for calls in (prepared.ours, *peers_of(prepared).values()):
-        assert prepared.wrong(calls["forward+backward"]()) is None
+        assert prepared.wrong(first_results(calls[workload.directions[-1]])) is None
+
+
+@pytest.mark.parametrize("values", [{}, {"window": 9}, {"queries": 9}, {"causal": False}])
+def test_flex_attention_gets_the_mask_that_ours_has(values, monkeypatch):
+    """The peer of a GPU, without the compilation that makes it fast, and without gradients, which
+    it refuses on a CPU."""
+
+    def as_it_is(function):
+        return lambda *inputs, **options: function(*(x.detach() for x in inputs), **options)
+
+    monkeypatch.setattr(attention, "compiled", as_it_is)
+    workload = small("attention", **values)
+    inputs = workload.inputs(torch.Generator().manual_seed(0))
+    assert workload.prepare("cpu").wrong(workload.flex(inputs)["forward"]()) is None
+
+
+def test_a_call_that_overwrites_a_state_goes_on_from_it():
+    """What is timed is a step after a step; only the first is from the state that was made."""
+    prepared = small("selective_state_update").prepare("cpu")
+    call = prepared.ours["forward"]
+    first, second = (call()["out"] for _ in range(2))
+    assert prepared.wrong({"out": second}) and not prepared.wrong({"out": first})
 
 
 def test_blocks_of_the_references_agree_with_the_whole(monkeypatch):
     """Queries and tokens come in blocks, which these shapes would not fill."""
-    from tossup.autotune.workloads import attention, selective_scan
-
     monkeypatch.setattr(attention, "BLOCK", 10)
     monkeypatch.setattr(selective_scan, "STEPS", 10)
-    for op, values in (("attention", {}), ("attention", {"causal": False}), ("selective_scan", {})):
+    for op, values in (
+        ("attention", {}),
+        ("attention", {"causal": False}),
+        ("attention", {"queries": 23}),
+        ("selective_scan", {}),
+    ):
         prepared = small(op, **values).prepare("cpu")
         assert prepared.wrong(prepared.ours["forward+backward"]()) is None
 
@@ -133,6 +177,9 @@ def test_pairs_are_those_that_the_mask_leaves():
         ({}, key <= query),
         ({"window": 9}, (key <= query) & (key >= query - 9)),
         ({"window": 99}, key <= query),
+        ({"queries": 9}, (key <= query) & (query >= 28)),
+        ({"queries": 9, "window": 31}, (key <= query) & (query >= 28) & (key >= query - 31)),
+        ({"queries": 9, "causal": False}, torch.ones(9, 37)),
         ({"causal": False}, torch.ones(37, 37)),
     ):
         workload = small("attention", **values)
@@ -173,10 +220,14 @@ def test_a_name_is_what_one_types_and_names_are_distinct():
         ("attention", {"causal": 1}, "causal takes true or false, got 1"),
         ("attention", {"kv_heads": 3}, "kv_heads takes a divisor of heads = 32, got 3"),
         ("attention", {"causal": False, "window": 2}, "window takes causal=true"),
+        ("attention", {"seqlen": 4, "queries": 5}, "queries takes at most seqlen = 4, got 5"),
         ("selective_scan", {"groups": 3}, "groups takes a divisor of dim = 4096, got 3"),
         ("causal_conv1d", {"width": 5}, "width takes 2 to 4, got 5"),
         ("rotary", {"head_dim": 7}, "head_dim takes an even number, got 7"),
         ("repeat_groups", {"group": 3}, "group takes a divisor of dim = 1024, got 3"),
+        ("selective_state_update", {"groups": 3}, "groups takes a divisor of dim = 4096, got 3"),
+        ("selective_state_update", {"seqlen": 2}, "takes the keys batch, dim, .*, got 'seqlen'"),
+        ("causal_conv1d_update", {"width": 1}, "width takes a whole number from 2 on, got 1"),
     ],
 )
 def test_wrong_keys_and_values_get_a_sentence(op, values, message):
