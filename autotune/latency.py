@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .timing import Stopwatch, rounds_within, take_turns
 
-Direction = Literal["forward", "forward+backward"]
+Direction = Literal["forward", "forward+backward", "decode"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 SECONDS = 2.0  # of all mixers' runs together
 ROUNDS = 5, 200  # fewest and most
@@ -30,7 +30,8 @@ class LatencyTable(BaseModel):
 
     source: measured, or a roofline. model: what the mixers are, hidden_size and their
     configurations. batch: samples, all of which take the mixer. dtype: of weights and activations.
-    versions: of what was measured.
+    direction: decode is one token of each sample, behind seqlen - 1 others. versions: of what was
+    measured.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

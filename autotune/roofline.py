@@ -14,7 +14,8 @@ from .workloads import Workload
 
 
 def floor_of(ops: Sequence[Workload], peak: Peak, direction: Direction) -> float:
-    """Seconds: the sum of the ops' floors, of all passes of the direction."""
+    """Seconds: the sum of the ops' floors, of all passes of the direction. What decodes has ops of
+    its own, and of them the forward pass."""
     return sum(
         peak.seconds(op.floor(part))
         for op in ops

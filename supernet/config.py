@@ -427,7 +427,9 @@ class LatencyConfig(RunConfig):
     dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="of weights and activations; defaults to training.dtype"
     )
-    direction: Literal["forward", "forward+backward"] = "forward"
+    direction: Literal["forward", "forward+backward", "decode"] = Field(
+        "forward", description="decode is one token of each sample, behind seqlen - 1 others"
+    )
     gpu: str | None = Field(
         None, description="whose roofline to draw; none measures on training.device"
     )
@@ -442,6 +444,12 @@ class LatencyConfig(RunConfig):
     def a_roofline_is_calibrated(self) -> "LatencyConfig":
         if self.measured and self.gpu is None:
             raise ValueError("measured takes a roofline: name its gpu")
+        return self
+
+    @model_validator(mode="after")
+    def a_token_is_decoded_behind_others(self) -> "LatencyConfig":
+        if self.direction == "decode" and (self.seqlen or self.data.length) < 2:
+            raise ValueError("direction decode takes a seqlen of 2 or more")
         return self
 
 

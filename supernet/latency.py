@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import triton
-from torch import nn
+from torch import Tensor, nn
 
 from ..autotune.latency import Latency, LatencyTable, measure, read_table
 from ..autotune.machine import name_of
@@ -21,7 +21,10 @@ from .devices import device_of
 from .errors import ConfigError
 from .files import write_atomically
 from .mixers import build_mixer
+from .mixers.cache import Cache
 from .search.space import Placement
+
+PROMPT = 1024  # tokens that go into a cache at a time
 
 
 def write_latencies(config: LatencyConfig) -> tuple[Path, LatencyTable]:
@@ -72,7 +75,8 @@ def roofline(config: LatencyConfig, gpu: str) -> LatencyTable:
 
 def floor(config: LatencyConfig, mixer: Any, peak: Peak, batch: int, seqlen: int) -> float:
     dtype = SHORT[dtype_of(config)]
-    ops = mixer.workloads(batch=batch, seqlen=seqlen, dtype=dtype)
+    decoding = config.direction == "decode"
+    ops = mixer.workloads(batch=batch, seqlen=seqlen, dtype=dtype, decoding=decoding)
     return floor_of(ops, peak, config.direction)
 
 
@@ -106,13 +110,34 @@ def mixers_of(config: LatencyConfig) -> dict[str, nn.Module]:
 def call_of(config: LatencyConfig, mixer: Any, device: torch.device) -> Callable[[], Any]:
     batch, seqlen = shape_of(config)
     x = torch.randn(batch, seqlen, config.model.hidden_size, device=device, dtype=dtype_of(config))
-    extra = {}
-    if hasattr(mixer, "preprocess"):
-        extra = mixer.preprocess(torch.arange(seqlen, device=device))
+    if config.direction == "decode":
+        return decoding_of(mixer, x)
+    extra = extra_of(mixer, torch.arange(seqlen, device=device))
     if config.direction == "forward":
         return torch.no_grad()(lambda: mixer(x, **extra))
     above, leaves = torch.randn_like(x), [x.requires_grad_(), *mixer.parameters()]
     return lambda: torch.autograd.grad(mixer(x, **extra), leaves, above)
+
+
+@torch.no_grad()
+def decoding_of(mixer: Any, x: Tensor) -> Callable[[], Any]:
+    """The call of x's last token behind the others, (batch, seqlen, hidden_size).
+
+    Each call overwrites the last keys and values, or goes on from the last states.
+    """
+    cache = Cache(1, x.shape[1])
+
+    def follow(tokens: Tensor) -> Callable[[], Any]:
+        extra = extra_of(mixer, cache.extend(tokens.shape[1], x.device).positions)
+        return lambda: mixer(tokens, past_key_values=cache.layers[0], use_cache=True, **extra)
+
+    for tokens in x[:, :-1].split(PROMPT, 1):
+        follow(tokens)()
+    return torch.no_grad()(follow(x[:, -1:]))
+
+
+def extra_of(mixer: Any, positions: Tensor) -> dict[str, Any]:
+    return mixer.preprocess(positions) if hasattr(mixer, "preprocess") else {}
 
 
 def cost_of(table: LatencyTable, placement: Placement) -> float:

@@ -67,6 +67,13 @@ class Attention(SequenceWorkload):
         return -1 if self.window is None else self.window, 0 if self.causal else -1
 
     @property
+    def keys_seen(self) -> int:
+        """Keys of a sample that some query sees."""
+        if self.window is None:
+            return self.seqlen
+        return min(self.seqlen, self.asking + self.window)
+
+    @property
     def pairs(self) -> int:
         """Queries and keys that see each other, over all heads and samples with work."""
         n = self.seqlen
@@ -170,7 +177,7 @@ class Attention(SequenceWorkload):
     def floor(self, direction: str) -> Floor:
         queries = self.samples * self.asking * self.heads
         of_q = queries * self.head_dim * self.itemsize
-        of_k = self.tokens * self.kv_heads * self.head_dim * self.itemsize
+        of_k = self.samples * self.keys_seen * self.kv_heads * self.head_dim * self.itemsize
         of_lse = 4 * queries
         if direction == "forward":
             return Floor(

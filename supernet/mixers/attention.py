@@ -180,15 +180,17 @@ class Attention(nn.Module):
             for tensor in tensors:
                 rotary_in_place_op(tensor, cos, sin, False, *run.tensors, run.impl)
 
-    def workloads(self, **shape: Any) -> "list[Workload]":
-        """What a forward pass runs. shape: batch, seqlen and dtype."""
+    def workloads(self, *, seqlen: int, decoding: bool = False, **shape: Any) -> "list[Workload]":
+        """What a forward pass runs, or the last token's step. shape: batch and dtype."""
         from ...autotune.workloads import Attention as Attend
         from ...autotune.workloads import Rotary
 
         attend = Attend(
-            heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
-            window=None if self.window_size is None else self.left, **shape,
+            heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim, seqlen=seqlen,
+            window=None if self.window_size is None else self.left,
+            queries=1 if decoding else None, **shape,
         )  # fmt: skip
+        shape["seqlen"] = 1 if decoding else seqlen
         turned = () if self.rope_theta is None else (self.heads, self.kv_heads)
         rotations = [Rotary(heads=heads, head_dim=self.head_dim, **shape) for heads in turned]
         return [*products_of(self, **shape), *rotations, attend]

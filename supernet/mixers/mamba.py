@@ -209,9 +209,9 @@ class Mamba(nn.Module):
         ssm_state.copy_(layer.states["ssm"])
         return out
 
-    def workloads(self, **shape: Any) -> "list[Workload]":
-        """What a forward pass runs. shape: batch, seqlen and dtype."""
-        return scan_mixer_workloads(self, groups=1, **shape)
+    def workloads(self, *, seqlen: int, decoding: bool = False, **shape: Any) -> "list[Workload]":
+        """What a forward pass runs, or the last token's step. shape: batch and dtype."""
+        return scan_mixer_workloads(self, 1, seqlen, decoding, **shape)
 
     def flops_per_token(self, seqlen: int) -> float:
         """Forward FLOPs, two per multiply-add; the same at every length."""
@@ -375,14 +375,18 @@ class GroupedMamba(nn.Module):
         repeat_groups_into_op(out, x, self.d_state, *run.tensors, run.impl)
         return out
 
-    def workloads(self, **shape: Any) -> "list[Workload]":
-        """What a forward pass runs. shape: batch, seqlen and dtype."""
+    def workloads(self, *, seqlen: int, decoding: bool = False, **shape: Any) -> "list[Workload]":
+        """What a forward pass runs, or the last token's step. shape: batch and dtype."""
         from ...autotune.workloads import RepeatGroups
 
-        repeats = self.d_inner // self.d_xb
-        repetition = RepeatGroups(dim=self.d_xb, group=self.d_state, repeats=repeats, **shape)
-        groups = self.d_xb // self.d_state
-        return [*scan_mixer_workloads(self, groups, **shape), repetition]
+        others = scan_mixer_workloads(self, self.d_xb // self.d_state, seqlen, decoding, **shape)
+        repeats, tokens = self.d_inner // self.d_xb, 1 if decoding else seqlen
+        return [
+            *others,
+            RepeatGroups(
+                dim=self.d_xb, group=self.d_state, repeats=repeats, seqlen=tokens, **shape
+            ),
+        ]
 
     def flops_per_token(self, seqlen: int) -> float:
         """Forward FLOPs, two per multiply-add; the same at every length."""
@@ -506,14 +510,20 @@ def scan_mixer_flops(mixer: Mamba | GroupedMamba, projections: tuple[nn.Linear, 
 
 
 def scan_mixer_workloads(
-    mixer: Mamba | GroupedMamba, groups: int, **shape: Any
+    mixer: Mamba | GroupedMamba, groups: int, seqlen: int, decoding: bool, **shape: Any
 ) -> "list[Workload]":
     """groups: of B; where C has more, its bytes are left out of the floor."""
-    from ...autotune.workloads import CausalConv1d, SelectiveScan
+    from ...autotune.workloads import (
+        CausalConv1d,
+        CausalConv1dUpdate,
+        SelectiveScan,
+        SelectiveStateUpdate,
+    )
 
-    channels, width = mixer.conv1d.in_channels, mixer.conv1d.kernel_size[0]
-    return [
-        *products_of(mixer, **shape),
-        CausalConv1d(dim=channels, width=width, **shape),
-        SelectiveScan(dim=mixer.d_inner, state=mixer.d_state, groups=groups, **shape),
-    ]
+    taps = {"dim": mixer.conv1d.in_channels, "width": mixer.conv1d.kernel_size[0], **shape}
+    states = {"dim": mixer.d_inner, "state": mixer.d_state, "groups": groups, **shape}
+    if decoding:
+        ops = [CausalConv1dUpdate(**taps), SelectiveStateUpdate(**states)]
+        return [*products_of(mixer, seqlen=1, **shape), *ops]
+    ops = [CausalConv1d(seqlen=seqlen, **taps), SelectiveScan(seqlen=seqlen, **states)]
+    return [*products_of(mixer, seqlen=seqlen, **shape), *ops]

@@ -187,6 +187,13 @@ def test_pairs_are_those_that_the_mask_leaves():
         assert workload.flops("forward+backward") == 7 * 2 * 16 * workload.pairs
 
 
+def test_keys_that_no_query_sees_move_no_bytes():
+    """3 samples, 4 heads of queries and 2 of keys, of 16 channels in float32, and log-sum-exps."""
+    for values, seen in (({}, 37), ({"window": 3}, 4), ({"window": 99}, 37)):
+        floor = small("attention", queries=1, **values).floor("forward")
+        assert floor.bytes == 3 * (2 * 4 * 16 * 4 + 2 * seen * 2 * 16 * 4 + 4 * 4)
+
+
 def test_float32_products_have_no_matrix_unit():
     peak = Peak(1e12, processors=100, clock=1e9, matrix_flops=4096, float32_flops=256)
     half, full = (small("linear", dtype=dtype).floor("forward") for dtype in ("bf16", "fp32"))

@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import torch
 import yaml
 
 from tests.supernet.tiny import model_values, run_values
 from tossup.autotune.latency import Latency, LatencyTable, read_table
 from tossup.autotune.peaks import PEAKS
 from tossup.autotune.roofline import estimate
+from tossup.autotune.workloads import Workload
 from tossup.supernet import latency
 from tossup.supernet.cli import main
 from tossup.supernet.config import LatencyConfig, ModelConfig
@@ -46,7 +48,7 @@ def written(path, table: LatencyTable):
 def test_a_roofline_is_the_sum_of_the_floors_of_what_runs(tmp_path):
     """By hand, where matrix products bind, and bytes where heads turn: a multiprocessor does 4096
     FLOPs per cycle. Attention's backward pass takes 14 products' FLOPs where its forward pass takes
-    4."""
+    4. Of one token, the bytes of weights and of the cache bind."""
     values = run_values(tmp_path)
     values["model"] |= {"hidden_size": 4096}
     values["model"]["mixer"]["mixers"] = {
@@ -57,8 +59,10 @@ def test_a_roofline_is_the_sum_of_the_floors_of_what_runs(tmp_path):
     projections = 2 * 8 * 4096 * 4096 * (4096 + 1024 + 1024 + 4096)
     scores = 4 * 128 * 32 * 8 * (4096 * 4097 / 2)
     turning = 8 * 4096 * (32 + 8) * 128 * 4 / 4.8e12
+    weights, cache = 2 * 4096 * (4096 + 1024 + 1024 + 4096), 2 * 2 * 8 * 4096 * 8 * 128
     for direction, expected in (
         ("forward", (projections + scores) / rate + turning),
+        ("decode", (weights + cache) / 4.8e12),
         ("forward+backward", (3 * projections + 4.5 * scores) / rate + 2 * turning),
     ):
         _, table = write_latencies(validate(values | {"direction": direction}, LatencyConfig))
@@ -67,40 +71,76 @@ def test_a_roofline_is_the_sum_of_the_floors_of_what_runs(tmp_path):
         assert found.error is None and "uncalibrated: not measured" in found.about
 
 
+ATTENTION = Attention(32, heads=4, kv_heads=2, window_size=8)
+GROUPED = GroupedMamba(32, d_inner=64, d_xb=32, state_size=8, repeat_kv_before_conv=False)
+
+
+def in_short(op: Workload) -> str:
+    """Its name without the batch and dtype, which all have here, and without words for the keys."""
+    assert (op.batch, op.dtype) == (2, "bf16")
+    kind, *pairs = op.name.split()
+    values = (pair.split("=")[1] for pair in pairs if not pair.startswith(("batch", "dtype")))
+    return " ".join((kind, *values))
+
+
 @pytest.mark.parametrize(
     "mixer, expected",
     [
         (
-            Attention(32, heads=4, kv_heads=2, window_size=8),
-            ["linear 32 32", "linear 32 16", "linear 32 16", "linear 32 32", "rotary 4 8",
-             "rotary 2 8", "attention 4 2 8 7"],
+            ATTENTION,
+            ["linear 16 32 32", "linear 16 32 16", "linear 16 32 16", "linear 16 32 32",
+             "rotary 16 4 8", "rotary 16 2 8", "attention 16 4 2 8 7"],
         ),
         (
             Mamba(32),
-            ["linear 32 128", "linear 64 34", "linear 2 64", "linear 64 32", "causal_conv1d 64 4",
-             "selective_scan 64 16 1"],
+            ["linear 16 32 128", "linear 16 64 34", "linear 16 2 64", "linear 16 64 32",
+             "causal_conv1d 16 64 4", "selective_scan 16 64 16 1"],
         ),
         (
-            GroupedMamba(32, d_inner=64, d_xb=32, state_size=8, repeat_kv_before_conv=False),
-            ["linear 32 192", "linear 32 2", "linear 2 64", "linear 64 32", "causal_conv1d 32 4",
-             "selective_scan 64 8 4", "repeat_groups 32 8 2"],
+            GROUPED,
+            ["linear 16 32 192", "linear 16 32 2", "linear 16 2 64", "linear 16 64 32",
+             "causal_conv1d 16 32 4", "selective_scan 16 64 8 4", "repeat_groups 16 32 8 2"],
         ),
     ],
 )  # fmt: skip
 def test_mixers_name_what_they_run(mixer, expected):
-    keys = {
-        "linear": ("in_features", "out_features"),
-        "attention": ("heads", "kv_heads", "head_dim", "window"),
-        "causal_conv1d": ("dim", "width"),
-        "selective_scan": ("dim", "state", "groups"),
-        "rotary": ("heads", "head_dim"),
-        "repeat_groups": ("dim", "group", "repeats"),
-    }
     ops = mixer.workloads(batch=2, seqlen=16, dtype="bf16")
-    assert all((op.batch, op.seqlen, op.dtype) == (2, 16, "bf16") for op in ops)
-    assert [" ".join(map(str, [op.op, *(getattr(op, k) for k in keys[op.op])])) for op in ops] == (
-        expected
-    )
+    assert [in_short(op) for op in ops] == expected
+
+
+@pytest.mark.parametrize(
+    "mixer, expected",
+    [
+        (
+            ATTENTION,
+            ["linear 1 32 32", "linear 1 32 16", "linear 1 32 16", "linear 1 32 32",
+             "rotary 1 4 8", "rotary 1 2 8", "attention 16 4 2 8 7 1"],
+        ),
+        (
+            Mamba(32),
+            ["linear 1 32 128", "linear 1 64 34", "linear 1 2 64", "linear 1 64 32",
+             "causal_conv1d_update 1 64 4", "selective_state_update 64 16 1"],
+        ),
+        (
+            GROUPED,
+            ["linear 1 32 192", "linear 1 32 2", "linear 1 2 64", "linear 1 64 32",
+             "causal_conv1d_update 1 32 4", "selective_state_update 64 8 4",
+             "repeat_groups 1 32 8 2"],
+        ),
+    ],
+)  # fmt: skip
+def test_mixers_name_what_one_token_runs(mixer, expected):
+    ops = mixer.workloads(batch=2, seqlen=16, dtype="bf16", decoding=True)
+    assert [in_short(op) for op in ops] == expected
+
+
+@pytest.mark.parametrize("mixer", [ATTENTION, Mamba(32), GROUPED])
+def test_what_decodes_is_the_last_token_behind_the_others(mixer, monkeypatch):
+    monkeypatch.setattr(latency, "PROMPT", 4)
+    x = torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = mixer(x, **latency.extra_of(mixer, torch.arange(11)))[:, -1:]
+    torch.testing.assert_close(latency.decoding_of(mixer, x)(), expected)
 
 
 def test_a_factor_carries_over_and_its_error_is_stated():
@@ -128,7 +168,7 @@ def test_tables_of_other_shapes_calibrate_a_roofline(tmp_path):
         assert table.mixers[name].error == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("direction", ["forward", "forward+backward", "decode"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_mixers_are_measured_where_the_run_trains(tmp_path, monkeypatch, direction, dtype):
     monkeypatch.setattr("tossup.autotune.latency.ROUNDS", (3, 3))
@@ -156,6 +196,8 @@ def test_what_does_not_go_together_is_refused(tmp_path):
         write_latencies(config_of(tmp_path, gpu="H200"))
     with pytest.raises(ConfigError, match="measured takes a roofline: name its gpu"):
         config_of(tmp_path, measured=["x"])
+    with pytest.raises(ConfigError, match="direction decode takes a seqlen of 2 or more"):
+        config_of(tmp_path, direction="decode", seqlen=1)
     fits = {"attention": 1.0, "mamba": 1.0}
     for table, message in (
         (table_of(fits, device="NVIDIA A100"), "tables measured on NVIDIA H200, float32, forward;"),
