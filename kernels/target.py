@@ -24,14 +24,3 @@ def processors() -> int:
 @lru_cache(maxsize=16)
 def processors_of(driver: Any, device: int) -> int:
     return driver.utils.get_device_properties(device)["multiprocessor_count"]
-
-
-PROGRAMS = 65535  # that the second and the third axis of a grid hold; the first holds 2³¹ - 1
-
-
-def refuse_more_samples_than_programs(batch: int) -> None:
-    """What launchers begin with whose grids have a sample on the second or third axis."""
-    if batch > PROGRAMS:
-        raise ValueError(
-            f"the batch must be at most {PROGRAMS} samples for impl='triton', got {batch}"
-        )

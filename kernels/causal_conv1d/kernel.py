@@ -17,11 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..exponentials import sigmoid, silu
+from ..launch import refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
 from ..routing.gate import active_sample
-from ..target import refuse_more_samples_than_programs
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -69,11 +68,6 @@ def load_taps(
     return taps, bias
 
 
-@triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
-
-
 @triton.jit(do_not_specialize=["seqlen"])
 def forward_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, seq_idx_ptr, count_ptr, samples_ptr,
@@ -109,7 +103,7 @@ def forward_kernel(
             x = tl.where(same[:, None], x, 0.0)
         y += x * taps[back][None, :]
     if SILU:
-        y *= sigmoid(y)
+        y = silu(y)
     out = out_ptr + sample * stride_out[0] + t[:, None] * stride_out[1]
     out += channels[None, :] * stride_out[2]
     there = (t < seqlen)[:, None] & inside[None, :]
@@ -244,10 +238,6 @@ def configure(kernel: str, x: Tensor, width: int, packed: bool) -> dict[str, int
     sizes = {"tokens": min(batch * seqlen, 65536), "channels": min(dim, 16384)}
     heuristic = {"BLOCK_T": tokens, "BLOCK_DIM": channels, "num_warps": 4}
     return configs.choose(f"causal_conv1d.{kernel}", facts, sizes, heuristic)
-
-
-def strides(tensor: Tensor | None, ndim: int) -> tuple[int, ...]:
-    return (0,) * ndim if tensor is None else tensor.stride()
 
 
 def forward(x, weight, bias, initial_state, seq_idx, count, samples, activation, out=None):

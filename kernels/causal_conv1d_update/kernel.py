@@ -9,11 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..exponentials import silu
+from ..launch import refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
 from ..routing.gate import active_sample
-from ..target import refuse_more_samples_than_programs
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["seqlen", "state_len"])
@@ -74,7 +73,7 @@ def update_kernel(
         for k in tl.static_range(WIDTH - 1):
             y += window[k] * taps[k]
         if SILU:
-            y = y / (1.0 + tl.exp2(-y * LOG2_E))
+            y = silu(y)
         tl.store(out_ptrs + t * dim, y.to(out_ptr.dtype.element_ty), mask=inside)
         window = window[1:] + (token,)  # noqa: RUF005 (Triton unpacks no tuples)
         t += 1
@@ -104,7 +103,7 @@ def update(
     update_kernel[(triton.cdiv(dim, options["BLOCK_DIM"]), batch)](
         x, conv_state, weight, bias, cache_seqlens, conv_state_indices, count, samples, out,
         seqlen, conv_state.shape[1], dim, x.stride(), conv_state.stride(), weight.stride(),
-        0 if bias is None else bias.stride(0),
+        *strides(bias, 1),
         SILU=activation == "silu", WIDTH=weight.shape[1], **options,
     )  # fmt: skip
     return out

@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 
 from ..dot import dot
+from ..exponentials import LOG2_E
 from ..routing.gate import active_sample
 from .tiles import (
-    LOG2_E,
     dropped,
     key_range,
     load_tile,

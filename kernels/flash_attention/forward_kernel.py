@@ -4,10 +4,9 @@ import triton
 import triton.language as tl
 
 from ..dot import dot
+from ..exponentials import LN_2, LOG2_E
 from ..routing.gate import active_sample
 from .tiles import (
-    LN_2,
-    LOG2_E,
     dropped,
     key_range,
     load_tile,

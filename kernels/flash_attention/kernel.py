@@ -30,8 +30,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..launch import PROGRAMS, refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
-from ..target import PROGRAMS, arch, refuse_more_samples_than_programs
+from ..target import arch
 from .backward_kernel import dkdv_kernel, dq_kernel
 from .forward_kernel import forward_kernel
 
@@ -109,13 +110,6 @@ def grid_of(heads: int, longest: int, block: int, sequences: int) -> tuple[int, 
             " say how long they are"
         )
     return heads, triton.cdiv(longest, block), sequences
-
-
-def strides(tensor: Tensor | None, ndim: int) -> tuple[int, ...]:
-    """A batch's strides. Of a packed tensor, all samples lie where the first one does."""
-    if tensor is None:
-        return (0,) * ndim
-    return (0,) * (ndim - tensor.ndim) + tensor.stride()
 
 
 def offsets_within(*tiles: Tensor) -> tl.dtype:

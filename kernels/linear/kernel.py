@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import configs
 from ..dot import dot
+from ..launch import strides
 from ..precision import refuse_float64
 from ..target import arch, processors
 
@@ -337,7 +338,7 @@ def forward_into(out, x, weight, bias, accumulate, count, samples):
     linear_kernel[(min(tiles, processors() * tile.programs),)](
         x, weight, bias, count, samples, out,
         batch, seqlen, in_features, out_features,
-        x.stride(), weight.stride(), 0 if bias is None else bias.stride(0), out.stride(),
+        x.stride(), weight.stride(), *strides(bias, 1), out.stride(),
         ACCUMULATE=accumulate, EVEN_K=in_features % tile.inner == 0,
         **launch_options(tile, "BLOCK_M", "BLOCK_N", "BLOCK_K"),
     )  # fmt: skip
@@ -363,7 +364,8 @@ def weight_gradient_into(grad, dout, x, bias_grad, written, count, samples):
         sums, before = [parts_of(t, segments) for t in targets], None
     weight_gradient_kernel[(tiles, segments)](
         dout, x, count, samples, before, *sums,
-        batch, seqlen, in_features, out_features, dout.stride(), x.stride(), *map(strides, sums),
+        batch, seqlen, in_features, out_features, dout.stride(), x.stride(),
+        *map(strides, sums, (3, 2)),
         EVEN=out_features % tile.rows == 0 and in_features % tile.columns == 0,
         EVEN_T=seqlen % tile.inner == 0, **launch_options(tile, "BLOCK_N", "BLOCK_K", "BLOCK_T"),
     )  # fmt: skip
@@ -378,10 +380,6 @@ def parts_of(target: Tensor | None, segments: int) -> Tensor | None:
     if target is None:
         return None
     return target.new_empty((segments, *target.shape), dtype=torch.float32)
-
-
-def strides(tensor: Tensor | None) -> tuple[int, ...]:
-    return (0, 0) if tensor is None else tensor.stride()
 
 
 def add_up(parts: Tensor, target: Tensor, written: Tensor | None, count: Tensor | None) -> None:

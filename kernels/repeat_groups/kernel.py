@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..launch import refuse_more_samples_than_programs
 from ..precision import refuse_float64
 from ..routing.gate import active_sample
-from ..target import refuse_more_samples_than_programs
 
 
 @triton.jit

@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..launch import refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
 from ..routing.gate import active_sample
-from ..target import refuse_more_samples_than_programs
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def forward(
     out = x.new_empty(x.shape) if out is None else out
     rotary_kernel[(triton.cdiv(seqlen * heads, options["ROWS"]), batch)](
         x, cos, sin, count, samples, out,
-        seqlen, heads, x.stride(), out.stride(), angle_strides(cos), angle_strides(sin),
+        seqlen, heads, x.stride(), out.stride(), strides(cos, 3), strides(sin, 3),
         HALF=half, REST=rest, INTERLEAVED=interleaved, BLOCK=block, BLOCK_REST=block_rest,
         **options,
     )  # fmt: skip
@@ -92,8 +92,3 @@ def configure(x: Tensor, width: int, interleaved: bool) -> configs.Config:
     sizes = {"rows": min(batch * seqlen * heads, 2**20)}
     heuristic = {"ROWS": max(1, 1024 // width), "num_warps": 4}
     return configs.choose("rotary.forward", facts, sizes, heuristic)
-
-
-def angle_strides(angles: Tensor) -> tuple[int, ...]:
-    """As of (batch, seqlen, pair): angles without a batch are the same for all samples."""
-    return (0,) * (3 - angles.ndim) + angles.stride()

@@ -3,10 +3,9 @@
 import triton
 import triton.language as tl
 
+from ..exponentials import LN_2, LOG2_E, sigmoid, silu
 from ..routing.gate import active_sample
 from .tiles import (
-    LN_2,
-    LOG2_E,
     at,
     beside_states,
     channels_of,
@@ -14,7 +13,6 @@ from .tiles import (
     load_operand,
     load_plane,
     operand_ptrs,
-    sigmoid,
     step_of,
     store_plane,
     token_of,
@@ -223,7 +221,7 @@ def backward_kernel(
                     c = beside_states(cs[j])
                 if z_ptr is not None:
                     z = zs[j].to(tl.float32)
-                    dy *= z * sigmoid(z)
+                    dy *= silu(z)
                 dh += dy[None, :] * c
                 ddrive = tl.sum(dh * b, 0)
                 if CONSTANT_B:

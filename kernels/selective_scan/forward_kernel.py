@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
+from ..exponentials import LOG2_E, silu
 from ..routing.gate import active_sample
 from .tiles import (
-    LOG2_E,
     at,
     beside_states,
     channels_of,
@@ -14,7 +14,6 @@ from .tiles import (
     load_plane,
     load_turn,
     operand_ptrs,
-    sigmoid,
     step_of,
     store_plane,
     token_of,
@@ -119,7 +118,7 @@ def forward_kernel(
                     y += D * u
                 if z_ptr is not None:
                     z = turn[2 * TOKENS + j].to(tl.float32)
-                    y *= z * sigmoid(z)
+                    y *= silu(z)
                 outs += (y.to(out_ptr.dtype.element_ty),)
             for j in tl.static_range(TOKENS):
                 t = first + j

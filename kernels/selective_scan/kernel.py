@@ -32,8 +32,9 @@ import triton
 from torch import Tensor
 
 from .. import configs
+from ..launch import refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
-from ..target import arch, processors, refuse_more_samples_than_programs
+from ..target import arch, processors
 from .backward_kernel import backward_kernel, group_kernel
 from .forward_kernel import forward_kernel
 from .ops import CHUNKS
@@ -156,10 +157,6 @@ def cut(u: Tensor, A: Tensor, B: Tensor, C: Tensor, z, seq_idx, backward: bool) 
 def plane(weights: Tensor) -> Tensor:
     """(dim, state) as the kernels read it: (state, dim), float32, contiguous."""
     return weights.t().contiguous().float()
-
-
-def strides(tensor: Tensor | None, ndim: int) -> tuple[int, ...]:
-    return (0,) * ndim if tensor is None else tensor.stride()
 
 
 def at_edges(

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
+from ..exponentials import LOG2_E, silu
 from ..routing.gate import active_sample
 from .tiles import (
-    LOG2_E,
     at,
     beside_states,
     channels_of,
@@ -13,7 +13,6 @@ from .tiles import (
     load_operand,
     load_plane,
     operand_ptrs,
-    sigmoid,
     step_of,
     store_plane,
 )
@@ -104,7 +103,7 @@ def local_kernel(
             if REVERSE:
                 if z_ptr is not None:
                     z = zs[j].to(tl.float32)
-                    x *= z * sigmoid(z)
+                    x *= silu(z)
                 h = decay * (h + x[None, :] * operand)
             if seq_idx_ptr is not None:
                 h = tl.where(same[j], h, 0.0)

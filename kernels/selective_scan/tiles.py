@@ -3,31 +3,7 @@
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + eˣ) = max(x, 0) + log1p(e⁻ˡˣˡ). In float32 it is the identity above 20 by itself.
-
-    The polynomial is log1p(e)/e on [0, 1], to 3e-8.
-    """
-    e = tl.exp2(-tl.abs(x) * LOG2_E)
-    p = e * 5.232690834e-03 - 2.950522862e-02
-    p = p * e + 7.822594792e-02
-    p = p * e - 1.366324574e-01
-    p = p * e + 1.910600811e-01
-    p = p * e - 2.484298199e-01
-    p = p * e + 3.331909776e-01
-    p = p * e - 4.999949336e-01
-    p = p * e + 9.999999404e-01
-    return p * e + tl.maximum(x, 0.0)
+from ..exponentials import softplus
 
 
 @triton.jit

@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..exponentials import LOG2_E, silu, softplus
+from ..launch import refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
 from ..routing.gate import active_sample
-from ..selective_scan.tiles import LOG2_E, sigmoid, softplus
-from ..target import refuse_more_samples_than_programs
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def update_kernel(
     if z_ptr is not None:
         ptrs = z_ptr + sample * stride_z[0] + channels * stride_z[1]
         z = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
-        out *= z * sigmoid(z)
+        out *= silu(z)
     tl.store(out_ptr + sample * dim + channels, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -81,8 +81,7 @@ def update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, count, samples) ->
         state, x, dt, A, B, C, D, z, dt_bias, count, samples, out,
         dim, B.shape[1], C.shape[1],
         state.stride(), x.stride(), dt.stride(), A.stride(), B.stride(), C.stride(),
-        0 if D is None else D.stride(0), (0, 0) if z is None else z.stride(),
-        0 if dt_bias is None else dt_bias.stride(0),
+        *strides(D, 1), strides(z, 2), *strides(dt_bias, 1),
         SOFTPLUS=dt_softplus, STATE=n, STATES=states, **options,
     )  # fmt: skip
     return out

@@ -1,0 +1,21 @@
+"""What launchers do alike."""
+
+from torch import Tensor
+
+PROGRAMS = 65535  # that the second and the third axis of a grid hold; the first holds 2³¹ - 1
+
+
+def refuse_more_samples_than_programs(batch: int) -> None:
+    """What launchers begin with whose grids have a sample on the second or third axis."""
+    if batch > PROGRAMS:
+        raise ValueError(
+            f"the batch must be at most {PROGRAMS} samples for impl='triton', got {batch}"
+        )
+
+
+def strides(tensor: Tensor | None, ndim: int) -> tuple[int, ...]:
+    """As a kernel takes them that knows the tensor with `ndim` axes.
+
+    Where it has no first axes, all samples lie where the first one does, as in a packed batch.
+    """
+    return (0,) * ndim if tensor is None else (0,) * (ndim - tensor.ndim) + tensor.stride()
