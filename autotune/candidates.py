@@ -58,6 +58,14 @@ def of_attention(facts: Facts) -> Mapping[str, tuple[int, ...]]:
     }  # fmt: skip
 
 
+def of_decoding(facts: Facts) -> Mapping[str, tuple[int, ...]]:
+    """Its queries fill one tile of 16 at most."""
+    return {
+        "BLOCK_M": (16,), "BLOCK_N": (16, 32, 64, 128), "num_warps": (1, 2, 4, 8),
+        "num_stages": (1, 2) if facts["dtype"] == "torch.float32" else (2, 3, 4, 5),
+    }  # fmt: skip
+
+
 def of_scan(facts: Facts) -> Mapping[str, tuple[int, ...]]:
     return {"BLOCK_DIM": (16, 32, 64, 128), "TOKENS": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8)}
 
@@ -118,6 +126,7 @@ KEYS = scores_and(lambda config: 2 * config["BLOCK_N"])  # of dK and of dV
 
 SPACES = {
     "flash_attention.forward": Space(of_attention, QUERIES, 16, 192),
+    "flash_attention.decode": Space(of_decoding, QUERIES, 8, 192),
     "flash_attention.dq": Space(of_attention, QUERIES, 16, 192),
     "flash_attention.dkdv": Space(of_attention, KEYS, 16, 224),
     "selective_scan.forward": Space(of_scan, of_states, 4, 32),

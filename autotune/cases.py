@@ -177,6 +177,9 @@ def attentions() -> Iterator[Case]:
         yield Case("flash_attention", name, partial(attend, dtype, head_dim))
         name += ", window, softcap, ALiBi, dropout"
         yield Case("flash_attention", name, partial(attend, dtype, head_dim, busy=True))
+    for head_dim in (64, 128, 256):
+        name = f"routed, bf16, 4×1×32×{head_dim} of 8192 keys"
+        yield Case("flash_attention", name, partial(decode, head_dim))
     name = "routed, fp16, 4×4096×32×128, packed, window"
     yield Case("flash_attention", name, partial(attend, torch.float16, 128, packed=True))
 
@@ -197,6 +200,14 @@ def attend(dtype: torch.dtype, head_dim: int, packed: bool = False, busy: bool =
     kernels = kernels_of("flash_attention")
     out, lse = kernels.forward(q, k, k, *options)
     kernels.backward(out, lse if busy else None, q, k, k, out, lse, *options)
+
+
+def decode(head_dim: int) -> None:
+    """One query of each sample, whose keys several programs share out."""
+    q, k = (meta(4, *of, head_dim, dtype=torch.bfloat16) for of in ((1, 32), (8192, 8)))
+    scoring = -1, 0, head_dim**-0.5, 0.0, None, 0.0, None
+    packing = None, None, None, None
+    kernels_of("flash_attention").forward(q, k, k, *scoring, *packing, *route_over(4))
 
 
 def updates() -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""The forward pass: online softmax over tiles of keys."""
+"""The forward pass: online softmax over tiles of keys, or, where queries are few, parts of them."""
 
 import triton
 import triton.language as tl
@@ -10,6 +10,7 @@ from .tiles import (
     dropped,
     key_range,
     load_tile,
+    part_of,
     scores_of,
     slope_of,
     span,
@@ -55,18 +56,20 @@ def attend(
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "left", "right", "threshold"])
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "left", "right", "threshold", "parts"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, slopes_ptr, seed_ptr, cu_q_ptr, cu_k_ptr, count_ptr, samples_ptr,
     out_ptr, lse_ptr,
-    seqlen_q, seqlen_k, group, left, right, scale, softcap, threshold: tl.uint32, keep_scale,
-    stride_q, stride_k, stride_v, stride_slopes, stride_out, stride_lse,
+    seqlen_q, seqlen_k, group, left, right, scale, softcap, threshold: tl.uint32, keep_scale, parts,
+    stride_q, stride_k, stride_v, stride_slopes, stride_out, stride_lse, stride_parts,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     OFFSET: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries of one head of one active sample; the last tile, the longest, goes first.
 
     scale: not negative, so that the largest product has the largest score.
+    parts: None; or how many programs share out the keys of one tile, which holds all queries. Each
+    writes what its keys alone would give, to its part of out and lse, which lie stride_parts apart.
     stride_*: (batch, seqlen, heads, head_dim); of slopes (batch, heads), of lse (batch, heads,
     seqlen).
     """
@@ -74,7 +77,12 @@ def forward_kernel(
     if sample < 0:
         return
     head = tl.program_id(0)
-    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    part = tl.program_id(1)
+    first = (tl.num_programs(1) - 1 - part) * BLOCK_M
+    if parts is not None:
+        first = part * 0
+        out_ptr += tl.cast(part, tl.int64) * stride_parts[0]
+        lse_ptr += tl.cast(part, tl.int64) * stride_parts[1]
     row_q, seqlen_q = span(cu_q_ptr, sample, seqlen_q)
     row_k, seqlen_k = span(cu_k_ptr, sample, seqlen_k)
     if first >= seqlen_q:
@@ -100,6 +108,10 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     start, inner_start, inner_stop, stop = key_range(first, window, BLOCK_M, BLOCK_N)
+    if parts is not None:
+        start, inner_start, inner_stop, stop = part_of(
+            start, inner_start, inner_stop, stop, part, parts, BLOCK_N
+        )
     if left is not None:
         acc, total, top = attend(
             acc, total, top, q, keys, values, start, inner_start, i, window, scoring, dropout,
@@ -120,3 +132,45 @@ def forward_kernel(
     lse = tl.where(blind, float("-inf"), (top + tl.log2(total)) * LN_2)
     lse_ptr += sample * stride_lse[0] + tl.cast(head, tl.int64) * stride_lse[1] + row_q
     tl.store(lse_ptr + i, lse, mask=i < seqlen_q)
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "parts"])
+def join_kernel(
+    outs_ptr, lses_ptr, cu_q_ptr, count_ptr, samples_ptr, out_ptr, lse_ptr,
+    seqlen_q, parts, stride_outs, stride_lses, stride_parts, stride_out, stride_lse,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """One query of one head of one active sample: what its parts give, weighted by their sums.
+
+    stride_outs, stride_lses: within a part, as stride_out and stride_lse in `forward_kernel`.
+    """
+    sample = active_sample(count_ptr, samples_ptr, tl.program_id(2))
+    if sample < 0:
+        return
+    head, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, seqlen_q = span(cu_q_ptr, sample, seqlen_q)
+    if i >= seqlen_q:
+        return
+    row += i
+    part, d = tl.arange(0, PARTS).to(tl.int64), tl.arange(0, BLOCK_D).to(tl.int64)
+    inside = d < HEAD_DIM
+    # [PARTS]
+    lses_ptr += sample * stride_lses[0] + head * stride_lses[1] + row * stride_lses[2]
+    lses = tl.load(lses_ptr + part * stride_parts[1], mask=part < parts, other=float("-inf"))
+    top = tl.max(lses, 0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    weights = tl.exp2((lses - base) * LOG2_E)
+    total = tl.sum(weights, 0)
+    blind = total == 0
+    total = tl.where(blind, 1.0, total)
+    # [PARTS, BLOCK_D]
+    outs_ptr += sample * stride_outs[0] + row * stride_outs[1] + head * stride_outs[2]
+    ptrs = outs_ptr + part[:, None] * stride_parts[0] + d[None, :] * stride_outs[3]
+    there = (part < parts)[:, None] & inside[None, :]
+    outs = tl.load(ptrs, mask=there, other=0.0)
+    # [BLOCK_D]
+    out = tl.sum(weights[:, None] * outs, 0) / total
+    out_ptr += sample * stride_out[0] + row * stride_out[1] + head * stride_out[2]
+    tl.store(out_ptr + d * stride_out[3], out.to(out_ptr.dtype.element_ty), mask=inside)
+    lse = tl.where(blind, float("-inf"), base + tl.log2(total) * LN_2)
+    tl.store(lse_ptr + sample * stride_lse[0] + head * stride_lse[1] + row * stride_lse[2], lse)

@@ -9,6 +9,10 @@ The backward pass has two kernels and no atomics. The first holds queries, and w
 Δ = Σ dO O − dL; the second holds keys, goes through the queries and the heads of the group, and
 writes dK and dV. It takes 7 products of tiles where 5 would do, and always gives the same bits.
 
+Where queries are few, as in decoding, so are programs, and each would walk long keys alone. There
+more of them share out the keys, write what each part gives by itself, and a second kernel joins the
+parts (Dao et al. 2023, "Flash-Decoding for long-context inference").
+
 Dropout leaves no mask behind: one word of Philox4x32-10 says for each weight whether it is kept, in
 all implementations the same one, and the backward pass draws it anew.
 
@@ -21,7 +25,8 @@ FLOPs, 16 MUFU, 128 lanes of the other pipes):
 
 Matrix FLOPs bind where D >= 64, if the softmax of one tile overlaps the products of another; at
 D = 64 the forward's FLOPs and exp2 are equal, and below that exp2 binds. Bytes do not: a tile of
-128 queries reads 4 D bytes of K and V for 512 D FLOPs. How near the kernels come: not measured.
+128 queries reads 4 D bytes of K and V for 512 D FLOPs. Of a single query they do: 4 D bytes for
+4 D FLOPs of each head of the group. How near the kernels come: not measured.
 """
 
 import torch
@@ -32,25 +37,32 @@ from torch import Tensor
 from .. import configs
 from ..launch import PROGRAMS, refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
-from ..target import arch
+from ..target import arch, processors
 from .backward_kernel import dkdv_kernel, dq_kernel
-from .forward_kernel import forward_kernel
+from .forward_kernel import forward_kernel, join_kernel
+
+# Few queries are those of one tile of 16 rows. Their keys are shared out among programs, of which a
+# multiprocessor gets two; a part has at least 256 keys, and one program can join 64 of them.
+FEW, RESIDENT, SHORTEST, MOST = 16, 2, 256, 64
 
 # The tile that a program holds, the tile that it goes through, and the stages of the pipeline, by
 # the head dim that fits. Found by compiling offline: the largest that spill no register.
 Tiles = dict[str, dict[int, tuple[int, int, int]]]
 WARPGROUPS: Tiles = {  # sm_90, sm_100: 227 KB of shared memory, products by warpgroups
     "forward": {64: (128, 128, 3), 128: (128, 64, 3), 256: (128, 32, 2)},
+    "decode": {64: (16, 128, 3), 128: (16, 64, 3), 256: (16, 32, 3)},
     "dq": {64: (128, 64, 3), 128: (128, 64, 2), 256: (128, 32, 2)},
     "dkdv": {64: (128, 32, 2), 128: (128, 32, 2), 256: (32, 32, 2)},
 }
 WARPS: Tiles = {  # every other: 99 KB, products by warps
     "forward": {64: (128, 64, 3), 128: (128, 32, 3), 256: (64, 32, 2)},
+    "decode": {64: (16, 64, 3), 128: (16, 64, 3), 256: (16, 32, 3)},
     "dq": {64: (64, 64, 2), 128: (64, 32, 2), 256: (32, 16, 2)},
     "dkdv": {64: (64, 32, 2), 128: (64, 32, 2), 256: (32, 16, 2)},
 }
 LANES: Tiles = {  # float32, whose products have no matrix unit
     "forward": {64: (32, 32, 2), 128: (32, 16, 2), 256: (16, 16, 2)},
+    "decode": {64: (16, 32, 2), 128: (16, 32, 2), 256: (16, 16, 2)},
     "dq": {64: (32, 32, 2), 128: (32, 16, 2), 256: (16, 32, 2)},
     "dkdv": {64: (32, 32, 2), 128: (16, 32, 1), 256: (16, 16, 1)},
 }
@@ -60,7 +72,7 @@ def configure(
     kernel: str, q: Tensor, queries: int, keys: int, sequences: int, window: tuple[int, int],
     busy: bool,
 ) -> dict[str, int]:  # fmt: skip
-    """Tiles, warps and stages of a kernel: forward, dq or dkdv.
+    """Tiles, warps and stages of a kernel: forward, the same for few queries, dq or dkdv.
 
     queries, keys: of the longest sequence. window: (left, right). busy: whether softcap, ALiBi or
     dropout need registers of their own.
@@ -91,7 +103,8 @@ def heuristic(kernel: str, head_dim: int, dtype: torch.dtype, busy: bool) -> dic
     if (busy or (kernel == "dkdv" and arch() == 100)) and walked > 16:
         walked //= 2
     block_m, block_n = (walked, held) if kernel == "dkdv" else (held, walked)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 8, "num_stages": stages}
+    warps = 4 if kernel == "decode" else 8
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
 def check(q: Tensor) -> None:
@@ -138,24 +151,61 @@ def forward(
     if scale < 0:  # exact, and so rare that the kernel need not know
         q, scale = -q, -scale
     *_, seqlen_q, heads, head_dim = q.shape
-    out, lse = into or (
+    out, lse = results = into or (
         q.new_empty(q.shape),
         q.new_empty((*q.shape[:-3], heads, seqlen_q), dtype=torch.float32),
     )
     sequences = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     refuse_more_samples_than_programs(sequences)
-    longest_q = seqlen_q if max_seqlen_q is None else max_seqlen_q
     busy = softcap != 0 or alibi_slopes is not None or dropout_seed is not None
+    if cu_seqlens_q is None and seqlen_q == 1 and not busy and lse.stride(1) == 1:
+        q, k, v, out, lse = by_group(q, k, v, out, lse, left)
+        left = right = -1
+        *_, seqlen_q, heads, head_dim = q.shape
+    longest_q = seqlen_q if max_seqlen_q is None else max_seqlen_q
     longest_k = k.shape[-3] if max_seqlen_k is None else max_seqlen_k
-    config = configure("forward", q, longest_q, longest_k, sequences, (left, right), busy)
-    forward_kernel[grid_of(heads, longest_q, config["BLOCK_M"], sequences)](
-        q, k, v, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k, count, samples, out, lse,
+    few = longest_q <= FEW
+    shape = q, longest_q, longest_k, sequences, (left, right), busy
+    config = configure("decode" if few else "forward", *shape)
+    grid = grid_of(heads, longest_q, config["BLOCK_M"], sequences)
+    seen = longest_k if left < 0 else min(longest_k, left + longest_q)
+    parts = parts_of(heads * sequences, seen) if few else 1
+    outs, lses, apart = out, lse, None
+    if parts > 1:
+        grid = heads, parts, sequences
+        outs, lses = (x.new_empty((parts, *x.shape), dtype=torch.float32) for x in (out, lse))
+        apart = outs.stride(0), lses.stride(0)
+        outs, lses = outs[0], lses[0]
+    forward_kernel[grid](
+        q, k, v, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k, count, samples, outs, lses,
         *shared_arguments(q, k, left, right, scale, softcap, dropout_p),
-        strides(q, 4), strides(k, 4), strides(v, 4), strides(alibi_slopes, 2), strides(out, 4),
-        strides(lse, 3),
-        HEAD_DIM=head_dim, OFFSET=offsets_within(q, k, v, out), **config,
+        None if apart is None else parts, strides(q, 4), strides(k, 4), strides(v, 4),
+        strides(alibi_slopes, 2), strides(outs, 4), strides(lses, 3), apart,
+        HEAD_DIM=head_dim, OFFSET=offsets_within(q, k, v, outs), **config,
     )  # fmt: skip
-    return out, lse
+    if apart is not None:
+        join_kernel[(heads, longest_q, sequences)](
+            outs, lses, cu_seqlens_q, count, samples, out, lse,
+            seqlen_q, parts, strides(outs, 4), strides(lses, 3), apart, strides(out, 4),
+            strides(lse, 3),
+            HEAD_DIM=head_dim, BLOCK_D=config["BLOCK_D"], PARTS=triton.next_power_of_2(parts),
+        )  # fmt: skip
+    return results
+
+
+def by_group(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, left: int
+) -> tuple[Tensor, ...]:
+    """The same for one query a sequence, which sees all keys up to the last: the heads of a group
+    as queries of one head, so that they share what is loaded of its keys. Views of all."""
+    kv_heads, seen = k.shape[2], slice(None if left < 0 else max(0, k.shape[1] - 1 - left), None)
+    q, out = (x.squeeze(1).unflatten(1, (kv_heads, -1)).transpose(1, 2) for x in (q, out))
+    return q, k[:, seen], v[:, seen], out, lse.squeeze(2).unflatten(1, (kv_heads, -1))
+
+
+def parts_of(programs: int, keys: int) -> int:
+    """Among how many programs to share out the keys of each of these, which sees so many."""
+    return max(1, min(RESIDENT * processors() // max(1, programs), keys // SHORTEST, MOST))
 
 
 def backward(

@@ -86,6 +86,17 @@ def key_range(first, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def part_of(start, inner_start, inner_stop, stop, part, parts, BLOCK_N: tl.constexpr):
+    """A part of that range, in whole tiles, of `parts` parts alike; the last ones may be empty, and
+    then stop before they start."""
+    share = tl.cdiv(tl.cdiv(stop - start, BLOCK_N), parts) * BLOCK_N
+    start += part * share
+    stop = tl.minimum(stop, start + share)
+    inner_start = tl.minimum(tl.maximum(inner_start, start), stop)
+    return start, inner_start, tl.minimum(tl.maximum(inner_stop, start), stop), stop
+
+
+@triton.jit
 def query_range(first, seqlen_q, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Start and stop of the queries that see any of BLOCK_N keys from `first` on, likewise."""
     shift, _, left, right = window

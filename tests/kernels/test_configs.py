@@ -165,6 +165,11 @@ def attend(x, **options):
     return flash_attention(heads, heads, heads, causal=True, **options)
 
 
+def decode(x, **options):
+    heads = x.unflatten(-1, (2, 16))
+    return flash_attention(heads[:, :3], heads, heads, causal=True, **options)
+
+
 def scan(x, **options):
     states = x[..., :4].unsqueeze(2)
     rates = -torch.arange(1.0, 129).view(32, 4) / 64
@@ -206,6 +211,11 @@ def update_window(x, **options):
 OTHERS = {
     attend: {
         "flash_attention.forward": dict(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1),
+        "flash_attention.dq": dict(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=1),
+        "flash_attention.dkdv": dict(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1),
+    },
+    decode: {
+        "flash_attention.decode": dict(BLOCK_M=16, BLOCK_N=16, num_warps=2, num_stages=1),
         "flash_attention.dq": dict(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=1),
         "flash_attention.dkdv": dict(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1),
     },
