@@ -101,6 +101,7 @@ def summary(launch: Launch) -> dict[str, Any]:
         "warps": launch.warps,
         "dots": launch.dots,
         "scalar_dots": launch.scalar_dots,
+        "unordered_writes": launch.unordered_writes,
         "loads_before_exit": binary.loads_before_exit,
         "loops": [loop_summary(loop) for loop in binary.loops],
     }

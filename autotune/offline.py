@@ -47,6 +47,11 @@ INSTRUCTION = re.compile(
 LABEL = re.compile(r"^(\.L_\w+):")
 TARGET = re.compile(r"\.L_\w+")
 
+# Lines of PTX
+PTX_LABEL, PTX_BRANCH = re.compile(r"^(\$\w+):"), re.compile(r"\bbra\S*\s+(\$\w+)")
+BARRIER = re.compile(r"\bbar(rier)?(\.cta)?\.sync")
+SHARED_WRITE = re.compile(r"\b(st\.shared|stmatrix|cp\.async\.(c[ag]|bulk)\S*\.shared)")
+
 
 class Instruction(NamedTuple):
     """predicate: its guard, or nothing. name: as LDG.E.128. operands: the rest of the line."""
@@ -98,6 +103,7 @@ class Launch:
 
     constants: the kernel's constexpr arguments. shared: bytes of shared memory per program.
     dots, scalar_dots: products of tiles in the kernel, and those that no tensor core computes.
+    unordered_writes: see that function.
     """
 
     kernel: str
@@ -108,6 +114,7 @@ class Launch:
     shared: int
     dots: int
     scalar_dots: int
+    unordered_writes: int
     constants: dict[str, Any]
     binary: Binary
 
@@ -188,6 +195,8 @@ class OfflineDriver(DriverBase):
         names = source.fn.arg_names
         constants = {names[path[0]]: value for path, value in source.constants.items()}
         dots, scalar_dots = dots_of(metadata)
+        of_warpgroups = metadata.num_warps > 4
+        unordered = unordered_writes(stage_of(metadata, "ptx")) if of_warpgroups else 0
 
         def launch(x: int, y: int, z: int, stream: int, binary: Binary, *_: Any) -> None:
             self.launches.append(
@@ -200,6 +209,7 @@ class OfflineDriver(DriverBase):
                     shared=metadata.shared,
                     dots=dots,
                     scalar_dots=scalar_dots,
+                    unordered_writes=unordered,
                     constants=constants,
                     binary=binary,
                 )
@@ -221,12 +231,40 @@ def load_binary(
 
 def dots_of(metadata: Any) -> tuple[int, int]:
     """Products of tiles in the kernel as written, and those left without tensor cores."""
-    files = get_cache_manager(metadata.hash).get_group(f"{metadata.name}.json") or {}
-    written, lowered = (
-        Path(files[f"{metadata.name}.{stage}"]).read_text() for stage in ("ttir", "ttgir")
-    )
+    written, lowered = (stage_of(metadata, stage) for stage in ("ttir", "ttgir"))
     blocked = re.findall(r"= tt\.dot .*-> tensor<[^>]*#blocked\d*>", lowered)
     return len(re.findall(r"= tt\.dot ", written)), len(blocked)
+
+
+def stage_of(metadata: Any, stage: str) -> str:
+    """A kernel on its way through the compiler, as text: ttir, ttgir or ptx."""
+    files = get_cache_manager(metadata.hash).get_group(f"{metadata.name}.json") or {}
+    return Path(files[f"{metadata.name}.{stage}"]).read_text()
+
+
+def unordered_writes(ptx: str) -> int:
+    """Writes to shared memory between the wait for a warpgroup's products and the next barrier.
+
+    Another warpgroup may still be reading there, for products of its own. Triton before 3.9 puts no
+    barrier there for that reason (triton-lang/triton#11047), so one has to be there for another.
+    Lines are taken in their order, and those of a loop twice.
+    """
+    lines, labels, order = ptx.splitlines(), {}, []
+    for place, line in enumerate(map(str.strip, lines)):
+        order.append(place)
+        if label := PTX_LABEL.match(line):
+            labels[label[1]] = place
+        elif (branch := PTX_BRANCH.search(line)) and branch[1] in labels:
+            order += range(labels[branch[1]], place)
+    found, waited = set(), False
+    for place in order:
+        if "wgmma.wait_group" in lines[place]:
+            waited = True
+        elif BARRIER.search(lines[place]):
+            waited = False
+        elif waited and SHARED_WRITE.search(lines[place]):
+            found.add(place)
+    return len(found)
 
 
 def disassemble(cubin: bytes) -> Binary:

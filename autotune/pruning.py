@@ -86,6 +86,8 @@ def reason(launch: Launch, programs: int) -> str | None:
     binary = launch.binary
     if not launch.fits:
         return "shared memory"
+    if launch.unordered_writes:
+        return "unordered writes"
     if binary.spills > SPILLS or any(loop.count("LDL", "STL") for loop in binary.loops):
         return "spills"
     if resident(launch) < programs or resident(launch) * launch.warps < SCHEDULERS:

@@ -54,7 +54,9 @@ run() { # run NAME SECONDS COMMAND …: its output goes to NAME.log, and its end
 }
 
 python3 - <<'PYTHON' | tee "$LOGS/machine.txt"
+import shutil, sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch, triton
 
@@ -64,6 +66,10 @@ needed = "numba pydantic yaml safetensors tqdm pytest xdist hypothesis einops tr
 missing = [name for name in needed.split() if find_spec(name) is None]
 if missing:
     raise SystemExit(f"these packages are not installed: {', '.join(missing)}")
+if not shutil.which("gcc") and not shutil.which("clang"):
+    raise SystemExit("Triton needs gcc or clang, for the launcher of each kernel")
+if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+    raise SystemExit("Triton needs Python.h (python3-dev), for the launcher of each kernel")
 capability = "".join(map(str, torch.cuda.get_device_capability()))
 print(f"{torch.cuda.get_device_name()}, sm_{capability}, torch {torch.__version__}, triton {triton.__version__}")
 PYTHON

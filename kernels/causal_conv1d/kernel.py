@@ -268,7 +268,9 @@ def backward(
     dinitial_state = None if initial_state is None else initial_state.new_empty(initial_state.shape)
     options = configure("backward", x, width, seq_idx is not None)
     tiles = triton.cdiv(seqlen + width - 1, options["BLOCK_T"])
-    shares = x.new_empty((batch, tiles, width + 1, dim), dtype=torch.float32)
+    # Places past the route's last write nothing
+    fresh = x.new_empty if count is None else x.new_zeros
+    shares = fresh((batch, tiles, width + 1, dim), dtype=torch.float32)
     backward_kernel[(tiles, triton.cdiv(dim, options["BLOCK_DIM"]), batch)](
         dout, dfinal_state, x, weight, bias, initial_state, seq_idx, count, samples,
         dx, dinitial_state, shares,
@@ -276,9 +278,6 @@ def backward(
         *strides(bias, 1), strides(initial_state, 3), strides(seq_idx, 2), dx.stride(),
         SILU=activation == "silu", WIDTH=width, **options,
     )  # fmt: skip
-    if count is not None:  # places past the route's last wrote nothing
-        written = torch.arange(batch, device=x.device) < count
-        shares = torch.where(written[:, None, None, None], shares, 0.0)
     *taps, dbias = shares.sum((0, 1))
     dweight = torch.stack(taps[::-1], 1).to(weight.dtype)
     return dx, dweight, None if bias is None else dbias.to(bias.dtype, copy=True), dinitial_state

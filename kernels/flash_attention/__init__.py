@@ -76,8 +76,8 @@ def flash_attention(
     Returns out, like q. A query that sees no key gives zeros, and -inf in lse. Deterministic,
     forward and backward.
     Raises ValueError where shapes, dtypes or options are not as above; for impl="triton" also where
-    head_dim is above 256, or a sequence longer than 65535 of the kernel's tiles (a million
-    tokens or more).
+    head_dim is above 256, a sequence longer than 65535 of the kernel's tiles (a million tokens or
+    more), or the heads of all sequences have 2³¹ tiles together, each as many as the longest.
     """
     check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     if len(window_size) != 2 or min(window_size) < -1:

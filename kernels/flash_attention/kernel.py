@@ -29,6 +29,8 @@ D = 64 the forward's FLOPs and exp2 are equal, and below that exp2 binds. Bytes 
 4 D FLOPs of each head of the group. How near the kernels come: not measured.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -116,13 +118,20 @@ def check(q: Tensor) -> None:
 def grid_of(heads: int, longest: int, block: int, sequences: int) -> tuple[int, int, int]:
     """A program for each head, tile of the longest sequence, and sequence. Heads come first, since
     programs that run together then share keys, or walk as many tiles."""
+    grid = heads, triton.cdiv(longest, block), sequences
     if longest > PROGRAMS * block:
         raise ValueError(
             f"a sequence must be at most {PROGRAMS * block} tokens for impl='triton' with this"
             f" dtype and head_dim, got {longest}; of packed ones, max_seqlen_q and max_seqlen_k"
             " say how long they are"
         )
-    return heads, triton.cdiv(longest, block), sequences
+    if math.prod(grid) >= 2**31:  # which Triton, counting in int32, takes for none
+        raise ValueError(
+            f"impl='triton' takes less than 2³¹ programs, got {heads} heads of {sequences}"
+            f" sequences of up to {longest} tokens; of packed ones, max_seqlen_q and max_seqlen_k"
+            " say how long they are"
+        )
+    return grid
 
 
 def offsets_within(*tiles: Tensor) -> tl.dtype:

@@ -33,7 +33,7 @@ def rotary_kernel(
     x_rows = (x_ptr + t * stride_x[1] + head * stride_x[2])[:, None]
     out_rows = (out_ptr + t * stride_out[1] + head * stride_out[2])[:, None]
 
-    pair = tl.arange(0, BLOCK)
+    pair = tl.arange(0, BLOCK).to(tl.int64)
     there = (t < seqlen)[:, None] & (pair < HALF)[None, :]
     if INTERLEAVED:
         first, second = 2 * pair[None, :], 2 * pair[None, :] + 1
@@ -50,7 +50,7 @@ def rotary_kernel(
     tl.store(out_rows + first * stride_out[3], (a * cos - b * sin).to(dtype), mask=there)
     tl.store(out_rows + second * stride_out[3], (b * cos + a * sin).to(dtype), mask=there)
     if REST > 0:  # channels that do not turn
-        rest = tl.arange(0, BLOCK_REST)
+        rest = tl.arange(0, BLOCK_REST).to(tl.int64)
         there = (t < seqlen)[:, None] & (rest < REST)[None, :]
         channel = (2 * HALF + rest)[None, :]
         kept = tl.load(x_rows + channel * stride_x[3], mask=there, other=0.0)

@@ -89,8 +89,12 @@ def draw_kernel(
         mine = (mixers == mixer) & (places < batch)
         rank = tl.cumsum(mine.to(tl.int32), 0) - 1
         plan = row * MIXERS + mixer
-        tl.store(count_ptr + plan, tl.sum(mine.to(tl.int32), 0))
+        count = tl.sum(mine.to(tl.int32), 0)
+        tl.store(count_ptr + plan, count)
         tl.store(samples_ptr + plan * batch + rank, places, mask=mine)
+        # Nobody reads the rest, but a copy of all: it holds no sample
+        rest = (places >= count) & (places < batch)
+        tl.store(samples_ptr + plan * batch + places, -1, mask=rest)
 
 
 def block_of(batch: int) -> dict[str, int]:

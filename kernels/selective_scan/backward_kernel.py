@@ -71,7 +71,7 @@ def backward_kernel(
     tile = tl.program_id(0)
     columns, inside = channels_of(tile, dim, run, BLOCK_DIM, RUNS, EVEN)
     channels = tl.where(inside, columns, 0)
-    n = tl.arange(0, STATES)
+    n = tl.arange(0, STATES).to(tl.int64)
     held = (n < STATE)[:, None] & inside[None, :]
 
     # [STATES, BLOCK_DIM]
@@ -149,7 +149,7 @@ def backward_kernel(
                 u = us[j].to(tl.float32)
                 step, _ = step_of(deltas[j], bias, there, SOFTPLUS)
                 drive = tl.where(there, step * u, 0.0)
-                dy = tl.where(there, douts[j].to(tl.float32), 0.0)
+                dy = douts[j].to(tl.float32)
                 if not CONSTANT_B:
                     b = beside_states(bs[j])
                 if seq_idx_ptr is not None:
@@ -167,6 +167,7 @@ def backward_kernel(
                     dz = dz.to(dz_ptr.dtype.element_ty)
                     tl.store(dz_ptrs + t * stride_dz[1], dz, mask=there)
                     dy *= z * gate
+                dy = tl.where(there, dy, 0.0)  # last, as a lane that is not there has another's z
                 if CONSTANT_C:
                     dc += dy[None, :] * h
                 else:
@@ -214,7 +215,7 @@ def backward_kernel(
                 t = first + j
                 there = at(inside, t, seqlen, EVEN)
                 u, step = xs[j], steps[j]
-                dy = tl.where(there, douts[j].to(tl.float32), 0.0)
+                dy = douts[j].to(tl.float32)
                 if not CONSTANT_B:
                     b = beside_states(bs[j])
                 if not CONSTANT_C:
@@ -222,6 +223,7 @@ def backward_kernel(
                 if z_ptr is not None:
                     z = zs[j].to(tl.float32)
                     dy *= silu(z)
+                dy = tl.where(there, dy, 0.0)
                 dh += dy[None, :] * c
                 ddrive = tl.sum(dh * b, 0)
                 if CONSTANT_B:
@@ -282,7 +284,7 @@ def group_kernel(
         return
     group = tl.program_id(2)
     t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    n = tl.arange(0, STATES)
+    n = tl.arange(0, STATES).to(tl.int64)
     row = (sample * seqlen + t[:, None]) * groups + group
     there = (t < seqlen)[:, None] & (n < STATE)[None, :]
     total = tl.zeros([TOKENS, STATES], tl.float32)

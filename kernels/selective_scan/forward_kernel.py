@@ -43,7 +43,7 @@ def forward_kernel(
     tile = tl.program_id(0)
     columns, inside = channels_of(tile, dim, run, BLOCK_DIM, RUNS, EVEN)
     channels = tl.where(inside, columns, 0)
-    n = tl.arange(0, STATES)
+    n = tl.arange(0, STATES).to(tl.int64)
     held = (n < STATE)[:, None] & inside[None, :]
 
     # [STATES, BLOCK_DIM]

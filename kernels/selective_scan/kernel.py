@@ -95,7 +95,7 @@ def heuristic(
             return {"BLOCK_DIM": 2 * width, "TOKENS": 2, "num_warps": 1}
     tokens = 4 if light and states < 64 else 2
     if backward or states > 128 or arch() < 90:
-        tokens //= 2
+        tokens = 2 if light and states <= (16 if backward else 32) else 1
     return {
         "BLOCK_DIM": width,
         "TOKENS": tokens,
@@ -249,7 +249,9 @@ def backward(
     dz = z.new_empty(z.shape) if z is not None and dz is None else dz
     dinitial_state = None if initial_state is None else initial_state.new_empty((batch, dim, state))
     rows = state * (1 + (B.ndim == 2) + (C.ndim == 2)) + 2
-    shares = u.new_empty((batch, pieces.segments, rows, dim), dtype=torch.float32)
+    # Places past the route's last write nothing
+    fresh = u.new_empty if count is None else u.new_zeros
+    shares = fresh((batch, pieces.segments, rows, dim), dtype=torch.float32)
     dB, dC = (
         None
         if x.ndim == 2
@@ -272,9 +274,6 @@ def backward(
         SOFTPLUS=delta_softplus, CONSTANT_B=B.ndim == 2, CONSTANT_C=C.ndim == 2,
         CHUNK=CHUNK, EVEN=pieces.even, ROWS=rows, **pieces.constants,
     )  # fmt: skip
-    if count is not None:
-        written = torch.arange(batch, device=u.device) < count
-        shares = torch.where(written[:, None, None, None], shares, 0.0)
     of_A, of_D, of_bias, of_B, of_C = shares.sum((0, 1)).split(
         (state, 1, 1, state * (B.ndim == 2), state * (C.ndim == 2))
     )

@@ -41,7 +41,7 @@ def local_kernel(
     tile = tl.program_id(0)
     columns, inside = channels_of(tile, dim, run, BLOCK_DIM, RUNS, False)
     channels = tl.where(inside, columns, 0)
-    n = tl.arange(0, STATES)
+    n = tl.arange(0, STATES).to(tl.int64)
     held = (n < STATE)[:, None] & inside[None, :]
 
     # [STATES, BLOCK_DIM]
@@ -136,7 +136,7 @@ def carry_kernel(
         return
     tile = tl.program_id(0)
     columns, inside = channels_of(tile, dim, run, BLOCK_DIM, RUNS, False)
-    n = tl.arange(0, STATES)
+    n = tl.arange(0, STATES).to(tl.int64)
     held = (n < STATE)[:, None] & inside[None, :]
 
     # [STATES, BLOCK_DIM]

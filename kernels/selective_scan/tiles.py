@@ -110,7 +110,7 @@ def load_operand(ptrs, t, stride, STATE: tl.constexpr, STATES: tl.constexpr, RUN
     """
     ptrs += t * stride[1]
     if RUNS == 1:
-        n = tl.arange(0, STATES)
+        n = tl.arange(0, STATES).to(tl.int64)
         if STATE == STATES:
             operand = tl.load(ptrs + n * stride[3])
         else:
@@ -121,7 +121,7 @@ def load_operand(ptrs, t, stride, STATE: tl.constexpr, STATES: tl.constexpr, RUN
         pieces = ()
         for i in tl.static_range(STATES // PIECE):
             # [PIECE, BLOCK_DIM]
-            n = i * PIECE + tl.arange(0, PIECE)[:, None]
+            n = i * PIECE + tl.arange(0, PIECE).to(tl.int64)[:, None]
             if i * PIECE < STATE:
                 pieces += (tl.load(ptrs[None, :] + n * stride[3]),)
             else:

@@ -33,7 +33,7 @@ def update_kernel(
         return
     channels = tl.program_id(0).to(tl.int64) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     inside = channels < dim
-    n = tl.arange(0, STATES)
+    n = tl.arange(0, STATES).to(tl.int64)
     held = inside[:, None] & (n < STATE)[None, :]
 
     # [BLOCK_DIM]

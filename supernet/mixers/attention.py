@@ -86,14 +86,13 @@ class Attention(nn.Module):
             q, k = rotary(q, *angles), rotary(k, *angles)
         if cache is not None:
             return self.o_proj(self.attend_behind(cache, q, k, v).flatten(-2))
-        bounds = None
-        if packing is not None:
-            q, k, v = packing.pack(q), packing.pack(k), packing.pack(v)
-            bounds = packing.cu_seqlens
-        out = self.attend(q, k, v, cu_seqlens_q=bounds)
-        if packing is not None:
-            out = packing.unpack(out, batch, seqlen)
-        return self.o_proj(out.flatten(-2))
+        if packing is None:
+            return self.o_proj(self.attend(q, k, v).flatten(-2))
+        q, k, v = packing.pack(q), packing.pack(k), packing.pack(v)
+        out = self.attend(
+            q, k, v, cu_seqlens_q=packing.cu_seqlens, max_seqlen_q=seqlen, max_seqlen_k=seqlen
+        )
+        return self.o_proj(packing.unpack(out, batch, seqlen).flatten(-2))
 
     @property
     def left(self) -> int:

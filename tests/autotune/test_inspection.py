@@ -65,6 +65,11 @@ def test_every_product_of_16_bit_tiles_runs_on_tensor_cores(inspected):
         assert report["scalar_dots"] == 0, name
 
 
+def test_no_warpgroup_writes_where_another_may_still_read(inspected):
+    for name, report in inspected["launches"].items():
+        assert report["unordered_writes"] == 0, name
+
+
 def test_a_sweep_of_states_that_one_warp_holds_shuffles_nothing(inspected):
     sweeps = {
         name: report

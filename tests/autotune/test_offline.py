@@ -17,6 +17,7 @@ from tossup.autotune.offline import (
     compile_launches,
     innermost_loops,
     parse,
+    unordered_writes,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -102,3 +103,23 @@ def test_an_unknown_architecture_and_the_interpreter_are_refused(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET must not be set"):
         compile_launches(lambda: None, next(iter(SHARED_MEMORY)))
+
+
+PIPELINE = """
+$L__BB0_1:
+	cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;
+	wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%r3}, %rd2, %rd3, 1, 1, 1, 0, 1;
+	wgmma.wait_group.sync.aligned 0;
+	bar.sync 0;
+	@%p1 bra $L__BB0_1;
+	st.shared.v4.b32 [ %r1 + 0 ], { %r3, %r4, %r5, %r6 };
+"""
+
+
+def test_a_write_after_a_wait_takes_a_barrier_between():
+    assert unordered_writes(PIPELINE) == 0
+    unguarded = PIPELINE.replace("\tbar.sync 0;\n", "")
+    assert unordered_writes(unguarded) == 2  # the copy of the next turn, and the store behind
+    assert unordered_writes(unguarded.replace("\tst.", "\tbarrier.cta.sync 0;\n\tst.")) == 1
+    assert unordered_writes(unguarded.replace("@%p1 bra", "@%p1 bra.uni")) == 2
+    assert unordered_writes(PIPELINE.replace("bar.sync", "mbarrier.arrive.sync")) == 2

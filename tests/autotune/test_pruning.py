@@ -17,10 +17,12 @@ ROOT = Path(__file__).parents[2]
 CONFIG = {"BLOCK": 64, "num_warps": 8}
 
 
-def launch(registers=64, spills=0, shared=0, warps=8, local=0, arch=90) -> Launch:
+def launch(
+    registers=64, spills=0, shared=0, warps=8, local=0, arch=90, unordered=0
+) -> Launch:  # fmt: skip
     loop = Loop(100, {"LDL": local}, 0)
     binary = Binary(registers, spills, 1, 1, 0, (loop,))
-    return Launch("kernel", arch, (1, 1, 1), warps, 3, shared, 0, 0, {}, binary)
+    return Launch("kernel", arch, (1, 1, 1), warps, 3, shared, 0, 0, unordered, {}, binary)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,7 @@ def test_programs_that_a_multiprocessor_holds(taken, expected):
         (launch(spills=11), 1, "spills"),
         (launch(spills=2, local=2), 1, "spills"),
         (launch(shared=232449), 1, "shared memory"),
+        (launch(unordered=1), 1, "unordered writes"),
         (launch(shared=232448), 1, None),
         (launch(shared=115 * 1024), 2, "occupancy"),
         (launch(shared=115 * 1024, warps=2), 1, "occupancy"),  # two warps for four schedulers

@@ -17,7 +17,7 @@ LOOP |= {"bar": 1, "local": 0}
 BEFORE = {
     "a launch": {
         "registers": 96, "spills": 0, "shared": 1024, "fits": True, "warps": 4, "dots": 2,
-        "scalar_dots": 0, "loads_before_exit": 1, "loops": [LOOP],
+        "scalar_dots": 0, "unordered_writes": 0, "loads_before_exit": 1, "loops": [LOOP],
     },
 }  # fmt: skip
 
@@ -32,6 +32,7 @@ BEFORE = {
         (("fits",), False, True),
         (("warps",), 8, False),
         (("scalar_dots",), 1, True),
+        (("unordered_writes",), 1, True),
         (("loads_before_exit",), 2, True),
         (("loops", 0, "instructions"), 91, True),
         (("loops", 0, "instructions"), 89, False),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support import EXACT, every_backend, every_impl, only_triton, route_of, seeded
+from tests.support import EXACT, every_backend, every_impl, far_apart, only_triton, route_of, seeded
 from tossup.kernels.backend import load_backend, resolve_impl
 from tossup.kernels.causal_conv1d import causal_conv1d
 from tossup.kernels.flash_attention import flash_attention
@@ -20,6 +20,7 @@ from tossup.kernels.linear import linear
 from tossup.kernels.repeat_groups import repeat_groups
 from tossup.kernels.rotary import rotary, rotary_angles
 from tossup.kernels.selective_scan import selective_scan
+from tossup.kernels.selective_state_update import selective_state_update
 
 DIM = 8
 
@@ -123,6 +124,33 @@ def test_offsets_that_only_64_bits_hold_of_strides_that_32_do(op, impl, shape, s
     near = random(*shape, dtype=torch.bfloat16)
     far = torch.empty_strided(shape, strides, dtype=near.dtype)  # hardly touched
     ours, expected = (results_and_gradient(op, x, impl=impl) for x in (far.copy_(near), near))
+    torch.testing.assert_close(ours, expected)
+
+
+def scan_of_states(x: Tensor, **options) -> Tensor:
+    """x: (1, tokens, states), B and C."""
+    u, rates = torch.ones(*x.shape[:2], 4), -torch.ones(4, x.shape[-1]) / 8
+    return selective_scan(u, u, rates, x.unsqueeze(2), x.unsqueeze(2), **options)
+
+
+def update_of_states(x: Tensor, **options) -> Tensor:
+    """x: (1, tokens, states), of which the first three are B, C and the channels' state."""
+    u, rates = torch.ones(1, 1), -torch.ones(1, x.shape[-1]) / 8
+    b, c, state = x[:, :1], x[:, 1:2], x[:, 2:3]
+    out = selective_state_update(state, u, u, rates, b, c, **options)
+    return torch.cat((out, state[:, 0]), -1)
+
+
+def turn_channels(x: Tensor, **options) -> Tensor:
+    angles = rotary_angles(torch.arange(x.shape[1]), x.shape[-1] - 2)
+    return rotary(x.unsqueeze(2), *angles, **options)
+
+
+@every_backend
+@pytest.mark.parametrize("op", [scan_of_states, update_of_states, turn_channels])
+def test_offsets_of_the_last_axis_that_only_64_bits_hold(op, impl):
+    near = random(1, 3, 64, dtype=torch.bfloat16)
+    ours, expected = op(far_apart(near), impl=impl), op(near, impl=impl)
     torch.testing.assert_close(ours, expected)
 
 
@@ -254,6 +282,17 @@ def test_triton_refuses_a_longer_sequence_than_a_grid_holds(impl):
     q, k = (torch.zeros(1, 1, 1, 16).expand(1, n, 1, 16) for n in (longest + 1, 1))
     with pytest.raises(ValueError, match=rf"most {longest} tokens .*, got {longest + 1}; of pack"):
         flash_attention(q, k, k, impl=impl)
+
+
+@only_triton
+def test_triton_refuses_more_programs_than_it_counts(impl):
+    """Of packed sequences without max_seqlen_q, each could be as long as all together."""
+    tokens = 2**15 * 32
+    bounds = torch.zeros(2**11 + 1, dtype=torch.int32)
+    bounds[-1] = tokens
+    q = torch.zeros(1, 1, 1).expand(tokens, 32, 1)
+    with pytest.raises(ValueError, match="less than 2³¹ programs, got 32 heads of 2048 sequences"):
+        flash_attention(q, q, q, cu_seqlens_q=bounds, impl=impl)
 
 
 @only_triton

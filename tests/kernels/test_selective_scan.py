@@ -518,3 +518,18 @@ def test_compiles_as_one_graph(impl, routed):
 def test_wrong_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         selective_scan(**(make(2, 9, 6, 3) | change))
+
+
+@every_backend
+def test_an_infinity_stays_in_its_group(impl):
+    """Tiles cover more channels than there are; what they load there belongs to another group."""
+    torch.manual_seed(0)
+    u, delta, z = torch.randn(3, 1, 5, 40).unbind()
+    B, C = torch.randn(2, 1, 5, 2, 4).unbind()
+    B.requires_grad_()
+    C.requires_grad_()
+    z[0, 2, 0] = float("inf")
+    A = -torch.arange(1.0, 5).repeat(40, 1)
+    out = selective_scan(u, delta, A, B, C, z=z, delta_softplus=True, impl=impl)
+    for gradient in torch.autograd.grad(out.sum(), (B, C)):
+        assert not gradient[:, :, 0].isfinite().all() and gradient[:, :, 1].isfinite().all()
