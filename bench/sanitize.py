@@ -81,6 +81,10 @@ def sums(route: tossup.Route) -> None:
 
 
 def decode(route: tossup.Route) -> None:
+    q = random(BATCH, 1, HEADS, 64)
+    k, v = (random(BATCH, 8 * SEQLEN, KV_HEADS, 64) for _ in range(2))  # several programs' keys
+    with torch.no_grad():
+        tossup.flash_attention(q, k, v, causal=True, route=route)
     x, dt, z = (random(BATCH, DIM) for _ in range(3))
     A, D = random(DIM, STATES, dtype=torch.float32), random(DIM, dtype=torch.float32)
     B, C = (random(BATCH, 1, STATES) for _ in range(2))
