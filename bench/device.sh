@@ -4,9 +4,9 @@
 #
 #     bench/device.sh [OUTPUT [PART …]]        OUTPUT is $OUT or device/ by default
 #
-# Parts: kernels graph sanitizer races dispatch gate, and tune, which must be named. All of them want
-# more than nine minutes (MINUTES is the limit): "kernels graph sanitizer" are one call, "races
-# dispatch gate" another, "tune" a third. PEERS names a folder with the source distributions of
+# Parts: kernels graph sanitizer races attention dispatch gate, and tune, which must be named. All of
+# them want more than nine minutes (MINUTES is the limit): "kernels graph sanitizer" are one call,
+# "races attention" another, "dispatch gate" a third, "tune" a fourth. PEERS names a folder with the source distributions of
 # mamba-ssm and causal-conv1d (bench/peers.py), which are built while other parts run. BASE names the
 # revision, or the folder, that the gate compares with; where git does not reach, TOSSUP_COMMIT says
 # in records what was measured.
@@ -18,7 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 OUTPUT=$(realpath -m "${1:-${OUT:-device}}")
 PARTS=${*:2}
-: "${PARTS:=kernels graph sanitizer races dispatch gate}"
+: "${PARTS:=kernels graph sanitizer races attention dispatch gate}"
 DEADLINE=$((SECONDS + ${MINUTES:-9} * 60))
 LOGS=$PWD/build/device PEERS_BUILT=$PWD/build/peers
 rm -rf "$LOGS"
@@ -92,13 +92,20 @@ for part in $PARTS; do
 	graph) run graph 150 python3 -m pytest -q tests/supernet/test_graphed_step.py tests/supernet/test_no_host_reads.py ;;
 	races)
 		if [ -n "$BUILD" ]; then # nothing else may run beside a race
-			timeout $((DEADLINE - SECONDS > 330 ? DEADLINE - SECONDS - 300 : 30)) tail --pid="$BUILD" -f /dev/null || kill "$BUILD"
+			timeout $((DEADLINE - SECONDS > 360 ? DEADLINE - SECONDS - 330 : 30)) tail --pid="$BUILD" -f /dev/null || kill "$BUILD"
 			tail -n 3 "$LOGS/peers.log"
 		fi
-		run races 300 python3 -m bench.record --device cuda --seconds 0.3 --limit 65 --output "$LOGS/results"
+		# shellcheck disable=SC2046
+		run races 330 python3 -m bench.record --device cuda --seconds 0.3 --limit 60 --output "$LOGS/results" \
+			--op $(python3 -c 'from tossup.autotune.workloads import OPS; print(*list(OPS)[1:])')
+		;;
+	attention) # OPS' first, by itself, as FlexAttention is compiled for each shape
+		run attention 280 python3 -m bench.record --device cuda --seconds 0.3 --limit 265 --output "$LOGS/results" --op attention
 		;;
 	dispatch)
-		run dispatch 150 python3 -m bench.dispatch --output "$LOGS/dispatch.json"
+		# mamba-ssm looks for causal-conv1d's Python too, which elsewhere would stand in our package's way
+		PYTHONPATH="$(echo "$PEERS_BUILT"/sources/causal_conv1d-*):$PYTHONPATH" \
+			run dispatch 150 python3 -m bench.dispatch --output "$LOGS/dispatch.json"
 		run dispatch-samples 100 python3 -m bench.dispatch --per-sample --output "$LOGS/dispatch-samples.json"
 		;;
 	sanitizer)
@@ -116,7 +123,7 @@ for part in $PARTS; do
 			ENDED+=('"gate": "no BASE was named"')
 		fi
 		;;
-	tune) # killed, it goes on where it was; the file is for kernels/configs/
+	tune) # killed, it goes on from build/configs.json, if that is still there; it is for kernels/configs/
 		run tune 500 python3 -m tossup.supernet tune --output build/configs.json
 		cp build/configs.json "$LOGS"
 		;;

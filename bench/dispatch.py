@@ -54,6 +54,18 @@ class LibraryAttention(Attention):
         return out.transpose(1, 2)
 
 
+def library_of_mamba() -> str:
+    """Which it is. mamba-ssm's fused path takes causal-conv1d as well; without, it runs torch's
+    convolution and a product for each projection."""
+    package = type(library_mamba(64)).__module__.partition(".")[0]
+    if package == "mamba_ssm":
+        from mamba_ssm.modules import mamba_simple
+
+        if mamba_simple.causal_conv1d_fn is None:
+            package += " without causal_conv1d"
+    return package
+
+
 def library_mamba(hidden: int) -> nn.Module:
     """mamba-ssm's with its CUDA scan where that is built, otherwise Tossup's on its own kernels."""
     try:
@@ -210,7 +222,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "mamba": type(library_mamba(64)).__module__.partition(".")[0],
+        "mamba": library_of_mamba(),
         "shape": {name: getattr(options, name) for name in ("layers", "hidden", "batch", "seqlen")},
         "per_sample": options.per_sample,
         "ways": [],

@@ -100,6 +100,17 @@ def test_ours_and_a_peer_agree_in_variants(op, values):
         assert prepared.wrong(first_results(calls[workload.directions[-1]])) is None
 
 
+def test_both_oracles_of_the_scan_agree():
+    """That of a GPU, the CPU backend, and that of a CPU, the reference a few tokens at a time."""
+    made = small("selective_scan").inputs(torch.Generator().manual_seed(0))
+    inputs = {name: x.double() for name, x in made.items()}
+    dout = inputs.pop("dout")
+    ours = selective_scan.scan_on_cpu(inputs, dout)
+    theirs = selective_scan.scan_in_steps({name: x.clone() for name, x in inputs.items()}, dout)
+    assert ours.keys() == theirs.keys() and len(ours) == 9
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("values", [{}, {"window": 9}, {"queries": 9}, {"causal": False}])
 def test_flex_attention_gets_the_mask_that_ours_has(values, monkeypatch):
     """The peer of a GPU, without the compilation that makes it fast, and without gradients, which

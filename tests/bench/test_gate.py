@@ -135,7 +135,7 @@ def test_a_slower_start_trips_the_gate_unless_it_is_negligible(monkeypatch):
 
 def test_resources_trip_the_gate(monkeypatch, tmp_path, capsys):
     kernel = {"registers": 9, "spills": 0, "shared": 0, "fits": True, "scalar_dots": 0}
-    kernel |= {"loads_before_exit": 1, "loops": []}
+    kernel |= {"unordered_writes": 0, "loads_before_exit": 1, "loops": []}
     monkeypatch.setattr(gate, "RESOURCES", tmp_path)
     monkeypatch.setattr(gate, "inspect", lambda archs: {"a": kernel | {"registers": 10}})
     assert gate.check_resources() == []

@@ -25,15 +25,20 @@ from tossup.kernels.selective_state_update import selective_state_update
 DIM = 8
 
 
+def split(x: Tensor, *sizes: int) -> Tensor:
+    """The last axis as two, not by `unflatten`, which torch compiles in no device's context."""
+    return x.view(*x.shape[:-1], *sizes)
+
+
 def attend(x: Tensor, **options) -> tuple[Tensor, ...]:
-    heads = x.unflatten(-1, (4, 2))
+    heads = split(x, 4, 2)
     return flash_attention(
         heads, heads[:, :, :2], heads[:, :, 2:], causal=True, return_lse=True, **options
     )
 
 
 def scan(x: Tensor, **options) -> tuple[Tensor, ...]:
-    states = x.unflatten(-1, (2, 4))
+    states = split(x, 2, 4)
     rates = -torch.arange(1.0, 33).view(DIM, 4) / 16
     ones = torch.ones(DIM)
     first = x[:, :1].repeat(1, 4, 1).transpose(1, 2)
@@ -54,7 +59,7 @@ def convolve(x: Tensor, **options) -> tuple[Tensor, ...]:
 
 def turn(x: Tensor, **options) -> tuple[Tensor, ...]:
     angles = rotary_angles(torch.arange(x.shape[1]), 4)
-    return (rotary(x.unflatten(-1, (2, 4)), *angles, **options),)
+    return (rotary(split(x, 2, 4), *angles, **options),)
 
 
 def project(x: Tensor, **options) -> tuple[Tensor, ...]:
@@ -198,7 +203,7 @@ def test_a_route_of_another_batch_is_refused(op, impl, batch):
 def test_weights_of_nobody_get_zeros(result, nobody, impl):
     route = route_of(batch=2) if nobody else None
     x = random(2, 5, DIM, dtype=torch.float32)
-    states = x.unflatten(-1, (2, 4))
+    states = split(x, 2, 4)
     rates = -torch.ones(DIM, 4).requires_grad_()
     results = selective_scan(
         x, x.abs(), rates, states, states, return_final_state=True, route=route, impl=impl
@@ -226,7 +231,7 @@ def test_half_precision_beside_float32_under_autocast(op, impl):
 @every_backend
 def test_parameters_keep_their_dtype_in_gradients(impl):
     x = random(2, 5, DIM, dtype=torch.bfloat16).requires_grad_()
-    states = x.unflatten(-1, (2, 4))
+    states = split(x, 2, 4)
     weights = [torch.ones(DIM, 4), torch.ones(DIM), -torch.ones(DIM, 4), *torch.ones(2, DIM)]
     taps, bias, rates, skip, step_bias = (w.requires_grad_() for w in weights)
     convolved = causal_conv1d(x, taps, bias, activation="silu", impl=impl)

@@ -17,6 +17,8 @@ from tests.supernet.test_graphed_step import configured
 from tossup.supernet.model import language_model_losses
 from tossup.supernet.train import Trainer
 
+HERE = "cuda" if torch.cuda.is_available() else "cpu"
+
 READS = {
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.nonzero.default,
@@ -94,7 +96,7 @@ def test_a_step_runs_where_there_is_nothing_to_read(trainer_on):
 
 
 def test_a_step_takes_no_op_that_reads_or_copies_from_the_host(trainer_on):
-    trainer = trainer_on("cpu")
+    trainer = trainer_on(HERE)
     with RefuseHostReads():
         trainer.run_step()
 
@@ -112,7 +114,7 @@ PLANTED = {
 def test_both_checks_catch_a_planted_read(planted, trainer_on):
     with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
         trainer_on("meta", planted).run_step()
-    trainer = trainer_on("cpu", planted)
+    trainer = trainer_on(HERE, planted)
     with pytest.raises(RuntimeError, match="reads the device"), RefuseHostReads():
         trainer.run_step()
 
@@ -127,7 +129,7 @@ def test_the_mode_catches_what_meta_does_not(trainer_on):
         (lambda losses: torch.tensor([1.0], device=losses.device), "copies from the host"),
     ):
         trainer_on("meta", planted).run_step()
-        trainer = trainer_on("cpu", planted)
+        trainer = trainer_on(HERE, planted)
         with pytest.raises(RuntimeError, match=message), RefuseHostReads():
             trainer.run_step()
 
