@@ -16,8 +16,10 @@ def poisoned_memory(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def device_of_triton(request):
-    """Tests of impl="triton" make their tensors on the GPU, where there is one. Many processes share
-    it: none keeps what a test with far strides took."""
+    """Tests of impl="triton" make their tensors on the GPU, where there is one.
+
+    Many processes share it: none keeps what a test with far strides took.
+    """
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if parameters.get("impl") == "triton" and torch.cuda.is_available():
         with torch.device("cuda"):
