@@ -6,8 +6,10 @@ between the two events. A cold run comes after a read of twice the L2 cache, whi
 else in it, and nothing to be written back; a warm one after the same calls.
 """
 
+import ctypes
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -69,10 +71,26 @@ class Stopwatch(Protocol):
         """Warm a call up."""
 
 
+# Of glibc's malloc.h, and the largest threshold that it takes
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MOST_THRESHOLD = -1, -3, 2**25
+
+
+def keep_freed_memory() -> None:
+    """Let glibc give no memory back to the system, for the rest of the process.
+
+    Else it depends on what else lies in the heap whether a call's results are new pages, which
+    fault when they are written: that can take several times as long as a short call.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_THRESHOLD, MOST_THRESHOLD)
+
+
 class CpuStopwatch:
     """By the clock, after one call that warms up."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        keep_freed_memory()
         self.clock = clock
 
     def here(self) -> AbstractContextManager:

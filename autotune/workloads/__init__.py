@@ -87,8 +87,8 @@ ON_CPU: tuple[Workload, ...] = (
     Linear(batch=2, seqlen=512, in_features=256, out_features=512, dtype="fp32"),
     Rotary(batch=2, seqlen=512, heads=8, head_dim=64, dtype="fp32"),
     RepeatGroups(batch=2, seqlen=512, dim=128, dtype="fp32"),
-    SelectiveStateUpdate(batch=64, dim=256, dtype="fp32"),
-    CausalConv1dUpdate(batch=64, dim=256, dtype="fp32"),
+    SelectiveStateUpdate(batch=64, dim=1024, dtype="fp32"),
+    CausalConv1dUpdate(batch=64, dim=1024, dtype="fp32"),
 )
 
 ON_GPU: tuple[Workload, ...] = (

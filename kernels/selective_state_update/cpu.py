@@ -3,6 +3,7 @@
 Floor: bytes. A step reads and writes the state; here torch makes five passes over it.
 """
 
+import torch
 import torch.nn.functional as F
 
 from ..precision import wide
@@ -25,7 +26,8 @@ def update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, count, samples):
     arriving = (step * token).unflatten(1, (B.shape[1], -1))
     of_b.addcmul_(arriving.unsqueeze(-1), B[rows].to(real).unsqueeze(2))
     state[rows] = after.to(state.dtype)
-    out = (of_c @ C[rows].to(real).unsqueeze(-1)).flatten(1)
+    products = torch.bmm(of_c.flatten(0, 1), C[rows].to(real).flatten(0, 1).unsqueeze(-1))
+    out = products.view_as(token)
 
     if D is not None:
         out += D.to(real) * token

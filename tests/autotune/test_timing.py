@@ -1,5 +1,8 @@
 """Statistics of runs, and what a stopwatch asks a GPU for, by a GPU that is a list."""
 
+import resource
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -161,3 +164,24 @@ def test_runs_take_turns_and_each_begins_a_round():
     order.clear()
     assert rounds_within(1e9, {"a": run("a", 1.0)}, 5, 50) == 50 and order == ["a"]
     assert rounds_within(0.0, {"a": run("a", 1.0)}, 5, 50) == 5
+
+
+FAULTS = """
+import resource, torch
+from tossup.autotune.timing import CpuStopwatch
+run = CpuStopwatch().prepare(lambda: [torch.ones(2**18) for _ in range(40)])
+for _ in range(10):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run.seconds()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_what_a_call_frees_does_not_fault_in_the_next():
+    """40 MB in pieces of one: by itself, glibc gives all that is more than two of them back."""
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], text=True, capture_output=True, check=True
+    )
+    pages = 40 * 2**20 / resource.getpagesize()
+    assert int(done.stdout) < pages / 10
