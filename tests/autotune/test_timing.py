@@ -1,6 +1,5 @@
 """Statistics of runs, and what a stopwatch asks a GPU for, by a GPU that is a list."""
 
-import resource
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -169,19 +168,19 @@ def test_runs_take_turns_and_each_begins_a_round():
 FAULTS = """
 import resource, torch
 from tossup.autotune.timing import CpuStopwatch
-run = CpuStopwatch().prepare(lambda: [torch.ones(2**18) for _ in range(40)])
-for _ in range(10):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    run.seconds()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def faults(pieces, size):
+    run = CpuStopwatch().prepare(lambda: [torch.ones(size) for _ in range(pieces)])
+    for _ in range(8):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        run.seconds()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(sum(faults(pieces, size) for pieces in (40, 50, 60, 70) for size in (2**16, 2**17, 2**18)))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 def test_what_a_call_frees_does_not_fault_in_the_next():
-    """40 MB in pieces of one: by itself, glibc gives all that is more than two of them back."""
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS], text=True, capture_output=True, check=True
-    )
-    pages = 40 * 2**20 / resource.getpagesize()
-    assert int(done.stdout) < pages / 10
+    """10 to 70 MB in pieces: by itself glibc gives most back, unless something lies behind."""
+    command = [sys.executable, "-c", FAULTS]
+    done = subprocess.run(command, text=True, capture_output=True, check=True)
+    assert int(done.stdout) < 1000  # of 90112 pages that are written
