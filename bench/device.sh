@@ -6,10 +6,11 @@
 #
 # Parts: kernels graph sanitizer races attention dispatch gate, and tune, which must be named. All of
 # them want more than nine minutes (MINUTES is the limit): "kernels graph sanitizer" are one call,
-# "races attention" another, "dispatch gate" a third, "tune" a fourth. PEERS names a folder with the source distributions of
-# mamba-ssm and causal-conv1d (bench/peers.py), which are built while other parts run. BASE names the
-# revision, or the folder, that the gate compares with; where git does not reach, TOSSUP_COMMIT says
-# in records what was measured.
+# "races" with PEERS another, then "dispatch attention", while build/peers is still there, "gate", and
+# "tune". PEERS names a folder with the source distributions of mamba-ssm and causal-conv1d
+# (bench/peers.py), which are built while other parts run, and waited for before anything is timed.
+# BASE names the revision, or the folder, that the gate compares with; where git does not reach,
+# TOSSUP_COMMIT says in records what was measured.
 # OUTPUT gets device.tgz with all logs and JSON, and summary.json, which says how each part ended: one
 # that found no time is for another call.
 # Needs torch with CUDA, and the packages of setup.py's dev extra.
@@ -53,6 +54,14 @@ run() { # run NAME SECONDS COMMAND …: its output goes to NAME.log, and its end
 	pack
 }
 
+alone() { # alone SECONDS: peers are built, or given up that long before the end
+	[ -n "$BUILD" ] || return
+	local left=$((DEADLINE - SECONDS - $1))
+	timeout $((left > 30 ? left : 30)) tail --pid="$BUILD" -f /dev/null || kill "$BUILD"
+	tail -n 3 "$LOGS/peers.log"
+	BUILD=
+}
+
 python3 - <<'PYTHON' | tee "$LOGS/machine.txt"
 import shutil, sysconfig
 from importlib.util import find_spec
@@ -91,22 +100,23 @@ for part in $PARTS; do
 	# A captured step, and that nothing in one waits for the device
 	graph) run graph 150 python3 -m pytest -q tests/supernet/test_graphed_step.py tests/supernet/test_no_host_reads.py ;;
 	races)
-		if [ -n "$BUILD" ]; then # nothing else may run beside a race
-			timeout $((DEADLINE - SECONDS > 360 ? DEADLINE - SECONDS - 330 : 30)) tail --pid="$BUILD" -f /dev/null || kill "$BUILD"
-			tail -n 3 "$LOGS/peers.log"
-		fi
+		alone 300
 		# shellcheck disable=SC2046
-		run races 330 python3 -m bench.record --device cuda --seconds 0.3 --limit 60 --output "$LOGS/results" \
+		run races 330 python3 -m bench.record --device cuda --seconds 0.3 --limit 45 --output "$LOGS/results" \
 			--op $(python3 -c 'from tossup.autotune.workloads import OPS; print(*list(OPS)[1:])')
 		;;
 	attention) # OPS' first, by itself, as FlexAttention is compiled for each shape
-		run attention 280 python3 -m bench.record --device cuda --seconds 0.3 --limit 265 --output "$LOGS/results" --op attention
+		alone 280
+		left=$((DEADLINE - SECONDS < 280 ? DEADLINE - SECONDS : 280))
+		run attention "$left" python3 -m bench.record --device cuda --seconds 0.3 --limit $((left - 15)) --output "$LOGS/results" --op attention
 		;;
 	dispatch)
+		alone 250
 		# mamba-ssm looks for causal-conv1d's Python too, which elsewhere would stand in our package's way
-		PYTHONPATH="$(echo "$PEERS_BUILT"/sources/causal_conv1d-*):$PYTHONPATH" \
-			run dispatch 150 python3 -m bench.dispatch --output "$LOGS/dispatch.json"
+		export PYTHONPATH="$(echo "$PEERS_BUILT"/sources/causal_conv1d-*):$PYTHONPATH"
+		run dispatch 150 python3 -m bench.dispatch --output "$LOGS/dispatch.json"
 		run dispatch-samples 100 python3 -m bench.dispatch --per-sample --output "$LOGS/dispatch-samples.json"
+		PYTHONPATH=${PYTHONPATH#*:}
 		;;
 	sanitizer)
 		run sanitizer-none 60 python3 bench/sanitize.py # compiles, outside the tools
@@ -118,6 +128,7 @@ for part in $PARTS; do
 		;;
 	gate)
 		if [ -n "${BASE:-}" ]; then
+			alone 200
 			run gate 200 python3 -m bench.gate --base "$BASE" --device cuda --rounds 3
 		else
 			ENDED+=('"gate": "no BASE was named"')

@@ -44,7 +44,8 @@ from .backward_kernel import dkdv_kernel, dq_kernel
 from .forward_kernel import forward_kernel, join_kernel
 
 # Few queries are those of one tile of 16 rows. Their keys are shared out among programs, of which a
-# multiprocessor gets two; a part has at least 256 keys, and one program can join 64 of them.
+# multiprocessor gets two. Parts of the longest sequence have some 256 keys or more, and one program
+# can join 64 of them.
 FEW, RESIDENT, SHORTEST, MOST = 16, 2, 256, 64
 
 # The tile that a program holds, the tile that it goes through, and the stages of the pipeline, by
@@ -167,7 +168,8 @@ def forward(
     sequences = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     refuse_more_samples_than_programs(sequences)
     busy = softcap != 0 or alibi_slopes is not None or dropout_seed is not None
-    if cu_seqlens_q is None and seqlen_q == 1 and not busy and lse.stride(1) == 1:
+    group_fits = seqlen_q == 1 and heads <= FEW * k.shape[-2]
+    if cu_seqlens_q is None and group_fits and not busy and lse.stride(1) == 1:
         q, k, v, out, lse = by_group(q, k, v, out, lse, left)
         left = right = -1
         *_, seqlen_q, heads, head_dim = q.shape

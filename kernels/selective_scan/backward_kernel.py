@@ -172,6 +172,8 @@ def backward_kernel(
                     dc += dy[None, :] * h
                 else:
                     share = dy[None, :] * h
+                    if RUNS > 1:  # a lane that is not there has another's B
+                        share = tl.where(there[None, :], share, 0.0)
                     store_shares(dC_ptr, share, sample, t, seqlen, tile, blocks, STATE, RUNS)
             first += TOKENS
         tl.debug_barrier()
@@ -230,6 +232,8 @@ def backward_kernel(
                     db += dh * (step * u)[None, :]
                 else:
                     share = dh * (step * u)[None, :]
+                    if RUNS > 1:
+                        share = tl.where(there[None, :], share, 0.0)
                     store_shares(dB_ptr, share, sample, t, seqlen, tile, blocks, STATE, RUNS)
                 dh *= decays[j]
                 if seq_idx_ptr is not None:

@@ -96,7 +96,7 @@ def local_kernel(
             there = at(inside, token, seqlen, False)
             step, _ = step_of(deltas[j], bias, there, SOFTPLUS)
             steps += step
-            x = tl.where(there, xs[j].to(tl.float32), 0.0)
+            x = xs[j].to(tl.float32)
             if not CONSTANT:
                 operand = beside_states(operands[j])
             decay = tl.exp2(step[None, :] * A)
@@ -104,6 +104,8 @@ def local_kernel(
                 if z_ptr is not None:
                     z = zs[j].to(tl.float32)
                     x *= silu(z)
+            x = tl.where(there, x, 0.0)
+            if REVERSE:
                 h = decay * (h + x[None, :] * operand)
             if seq_idx_ptr is not None:
                 h = tl.where(same[j], h, 0.0)

@@ -20,6 +20,7 @@ def parts(monkeypatch):
         return found[-1]
 
     monkeypatch.setattr(kernel, "SHORTEST", 8)
+    monkeypatch.setattr(kernel, "processors", lambda: 132)
     monkeypatch.setattr(kernel, "parts_of", spy)
     tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
     with configs.forced("flash_attention.decode", tiles):
@@ -96,8 +97,19 @@ def test_a_route_of_single_queries_touches_only_its_samples(impl, chosen, parts,
     assert out[others].isnan().all() and lse[others].isnan().all()
 
 
-def test_keys_are_shared_out_only_where_programs_are_few():
+@only_triton
+@pytest.mark.parametrize("heads, kv_heads, expected", [(34, 2, 3), (32, 2, 16), (17, 1, 7)])
+def test_a_group_that_fills_no_tile_shares_none(impl, heads, kv_heads, expected, parts):
+    """More heads than a tile has rows go on one by one, and their keys are shared out as well."""
+    inputs = [x.detach() for x in tensors(2, 1, 130, heads, kv_heads, 16, torch.float32)[0]]
+    out = flash_attention(*inputs, causal=True, impl=impl)
+    assert parts == [expected]
+    torch.testing.assert_close(out, flash_attention(*inputs, causal=True, impl="reference"))
+
+
+def test_keys_are_shared_out_only_where_programs_are_few(monkeypatch):
     """Of 132 multiprocessors, with two programs for each."""
+    monkeypatch.setattr(kernel, "processors", lambda: 132)
     assert kernel.parts_of(programs=8, keys=32768) == 33
     assert kernel.parts_of(programs=8, keys=1024) == 4
     assert kernel.parts_of(programs=1, keys=2**20) == 64
