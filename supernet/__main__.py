@@ -1,7 +1,13 @@
 """`python -m tossup.supernet` is `tossup`."""
 
+import os
 import sys
 
 from .cli import main
 
-sys.exit(main())
+code = main()
+if "RANK" in os.environ:  # one of torchrun's
+    from .ranks import end
+
+    end(code)
+sys.exit(code)

@@ -79,11 +79,29 @@ def test_a_process_leaves_its_group_before_python_ends(tmp_path):
         "import atexit, torch\n"
         "from torch.distributed import is_initialized\n"
         "from tossup.supernet.ranks import Ranks\n"
-        "atexit.register(lambda: print('in a group:', is_initialized()))\n"
+        "import os\n"
+        "atexit.register(lambda: os.write(1, b'in a group: %d\\n' % is_initialized()))\n"
         "ranks = Ranks(torch.device('cpu'))\n"
         "assert is_initialized() and ranks.gather(ranks.rank) == [0, 1]\n"
     )
-    assert on_two_ranks(str(program)) == "in a group: False\n" * 2
+    assert on_two_ranks(str(program)) == "in a group: 0\n" * 2
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_rank_ends_with_its_code_and_says_what_it_had_to(tmp_path, code):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import torch\n"
+        "from tossup.supernet.ranks import Ranks, end\n"
+        "if Ranks(torch.device('cpu')).first:\n"
+        "    print('the last word')\n"
+        f"end({code})\n"
+    )
+    if code == 0:
+        assert on_two_ranks(str(program)) == "the last word\n"
+    else:
+        with pytest.raises(AssertionError, match=f"exitcode: {code}"):
+            on_two_ranks(str(program))
 
 
 def test_messages_hold_every_tensor_once_and_no_more_than_their_size():
