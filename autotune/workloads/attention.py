@@ -39,7 +39,7 @@ class Attention(SequenceWorkload):
     per_sample = frozenset(("q", "k", "v", "dout"))
 
     heads: int = size(32, "query heads")
-    kv_heads: int = size(8, "heads of keys and values; divides heads")
+    kv_heads: int = size(8, "heads of keys and values; divides heads", divides="heads")
     head_dim: int = size(128, "channels of a head")
     causal: bool = option(True, "a query sees no later key")
     window: int | None = option(None, "keys before its own that a query sees; null: all")
@@ -47,10 +47,6 @@ class Attention(SequenceWorkload):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f"kv_heads takes a divisor of heads = {self.heads}, got {self.kv_heads}"
-            )
         if self.window is not None and not self.causal:
             raise ValueError("window takes causal=true")
         if self.queries is not None and self.queries > self.seqlen:

@@ -23,12 +23,7 @@ class CausalConv1dUpdate(SequenceWorkload):
 
     seqlen: int = size(1, "tokens of a sample that come next")
     dim: int = size(4096, "channels")
-    width: int = size(4, "taps, 2 to 4", least=2)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.width > 4:
-            raise ValueError(f"width takes 2 to 4, got {self.width}")
+    width: int = size(4, "taps, 2 to 4", least=2, most=4)
 
     def inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
         shapes = {

@@ -19,13 +19,8 @@ class RepeatGroups(SequenceWorkload):
     per_sample = frozenset(("x", "dout"))
 
     dim: int = size(1024, "channels that are repeated")
-    group: int = size(16, "channels of a group; divides dim")
+    group: int = size(16, "channels of a group; divides dim", divides="dim")
     repeats: int = size(4, "copies of each group")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dim % self.group:
-            raise ValueError(f"group takes a divisor of dim = {self.dim}, got {self.group}")
 
     def inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
         widths = {"x": self.dim, "dout": self.dim * self.repeats}

@@ -26,12 +26,7 @@ class SelectiveStateUpdate(Workload):
 
     dim: int = size(4096, "channels")
     state: int = size(16, "states of a channel")
-    groups: int = size(1, "groups of B and C; divides dim")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dim % self.groups:
-            raise ValueError(f"groups takes a divisor of dim = {self.dim}, got {self.groups}")
+    groups: int = size(1, "groups of B and C; divides dim", divides="dim")
 
     def inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
         """With a gate, a skip and softplus, and numbers as Mamba begins with: A is -1, -2, …, and

@@ -25,9 +25,12 @@ class MissingPeer(Exception):
     """A peer that cannot run here; the message says why."""
 
 
-def size(default: int, about: str, least: int = 1) -> Any:
-    """A key that is part of every name."""
-    return field(default=default, metadata={"about": about, "least": least})
+def size(
+    default: int, about: str, least: int = 1, most: int | None = None, divides: str | None = None
+) -> Any:
+    """A key that is part of every name. divides: another key, whose divisor it is."""
+    bounds = {"least": least, "most": most, "divides": divides}
+    return field(default=default, metadata={"about": about, **bounds})
 
 
 def option(default: Any, about: str, least: int = 0) -> Any:
@@ -109,8 +112,20 @@ class Workload(ABC):
                 continue
             elif not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{key.name} takes a whole number from {least} on, got {value!r}")
+            self._check_bounds(key)
         if self.active is not None and self.active > self.batch:
             raise ValueError(f"active takes at most the batch of {self.batch}, got {self.active}")
+
+    def _check_bounds(self, key: Field) -> None:
+        value, most, whole = (
+            getattr(self, key.name), key.metadata.get("most"), key.metadata.get("divides"),
+        )  # fmt: skip
+        if most is not None and value > most:
+            raise ValueError(f"{key.name} takes {key.metadata['least']} to {most}, got {value}")
+        if whole is not None and getattr(self, whole) % value:
+            raise ValueError(
+                f"{key.name} takes a divisor of {whole} = {getattr(self, whole)}, got {value}"
+            )
 
     @classmethod
     def keys(cls) -> tuple[Field, ...]:

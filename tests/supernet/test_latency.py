@@ -84,53 +84,49 @@ def in_short(op: Workload) -> str:
 
 
 @pytest.mark.parametrize(
-    "mixer, expected",
+    "mixer, decoding, expected",
     [
         (
             ATTENTION,
+            False,
             ["linear 16 32 32", "linear 16 32 16", "linear 16 32 16", "linear 16 32 32",
              "rotary 16 4 8", "rotary 16 2 8", "attention 16 4 2 8 7"],
         ),
         (
             Mamba(32),
+            False,
             ["linear 16 32 128", "linear 16 64 34", "linear 16 2 64", "linear 16 64 32",
              "causal_conv1d 16 64 4", "selective_scan 16 64 16 1"],
         ),
         (
             GROUPED,
+            False,
             ["linear 16 32 192", "linear 16 32 2", "linear 16 2 64", "linear 16 64 32",
              "causal_conv1d 16 32 4", "selective_scan 16 64 8 4", "repeat_groups 16 32 8 2"],
         ),
-    ],
-)  # fmt: skip
-def test_mixers_name_what_they_run(mixer, expected):
-    ops = mixer.workloads(batch=2, seqlen=16, dtype="bf16")
-    assert [in_short(op) for op in ops] == expected
-
-
-@pytest.mark.parametrize(
-    "mixer, expected",
-    [
         (
             ATTENTION,
+            True,
             ["linear 1 32 32", "linear 1 32 16", "linear 1 32 16", "linear 1 32 32",
              "rotary 1 4 8", "rotary 1 2 8", "attention 16 4 2 8 7 1"],
         ),
         (
             Mamba(32),
+            True,
             ["linear 1 32 128", "linear 1 64 34", "linear 1 2 64", "linear 1 64 32",
              "causal_conv1d_update 1 64 4", "selective_state_update 64 16 1"],
         ),
         (
             GROUPED,
+            True,
             ["linear 1 32 192", "linear 1 32 2", "linear 1 2 64", "linear 1 64 32",
              "causal_conv1d_update 1 32 4", "selective_state_update 64 8 4",
              "repeat_groups 1 32 8 2"],
         ),
     ],
 )  # fmt: skip
-def test_mixers_name_what_one_token_runs(mixer, expected):
-    ops = mixer.workloads(batch=2, seqlen=16, dtype="bf16", decoding=True)
+def test_mixers_name_what_they_run(mixer, decoding, expected):
+    ops = mixer.workloads(batch=2, seqlen=16, dtype="bf16", decoding=decoding)
     assert [in_short(op) for op in ops] == expected
 
 
