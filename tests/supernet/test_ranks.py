@@ -91,8 +91,9 @@ def test_a_process_leaves_its_group_before_python_ends(tmp_path):
 def test_a_rank_ends_with_its_code_and_says_what_it_had_to(tmp_path, code):
     program = tmp_path / "program.py"
     program.write_text(
-        "import torch\n"
+        "import sys, torch\n"
         "from tossup.supernet.ranks import Ranks, end\n"
+        "sys.stdout.reconfigure(write_through=False)  # which torchrun makes true\n"
         "if Ranks(torch.device('cpu')).first:\n"
         "    print('the last word')\n"
         f"end({code})\n"
