@@ -55,14 +55,15 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Of the checkout that this file is in, with "-dirty" appended where files were changed. Where
-    it is in none, as in a copy or a wheel, what TOSSUP_COMMIT says, or None."""
-    folder = Path(__file__).resolve().parent
-    told = os.environ.get("TOSSUP_COMMIT")
-    if shutil.which("git") is None:
-        return told
-    described = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"],
-        cwd=folder, text=True, capture_output=True,
-    )  # fmt: skip
-    return described.stdout.strip() if described.returncode == 0 else told
+    """Of the checkout that this file belongs to, with "-dirty" appended where files were changed.
+    Where it belongs to none, as a copy or a wheel, even one installed within a checkout, what
+    TOSSUP_COMMIT says, or None."""
+    this = Path(__file__).resolve()
+
+    def git(*words: str) -> str | None:
+        done = subprocess.run(["git", *words], cwd=this.parent, text=True, capture_output=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if shutil.which("git") is None or git("ls-files", "--error-unmatch", this.name) is None:
+        return os.environ.get("TOSSUP_COMMIT")
+    return git("describe", "--always", "--abbrev=12", "--exclude=*", "--dirty")

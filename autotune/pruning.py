@@ -9,6 +9,7 @@ from triton.runtime.errors import TritonError
 
 from ..kernels import configs
 from ..kernels.configs import Config
+from .errors import said
 from .offline import SHARED_MEMORY, Launch, compile_launches
 from .on_meta import calls_on_meta, launching
 from .workloads import Workload
@@ -61,8 +62,8 @@ def survey(workload: Workload, direction: str, kernel: str, arch: int, config: C
         with configs.forced(kernel, config):
             compile_launches(launch, arch)  # of a backward pass, the first call is forward as well
             launches = compile_launches(launch, arch)
-    except (TritonError, RuntimeError):  # a pass of the compiler that fails raises the latter
-        return Survey(config, "does not compile")
+    except (TritonError, RuntimeError) as error:  # a pass that fails raises the latter
+        return Survey(config, f"does not compile: {said(error, last=True)}")
     return judge(config, launches)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from .errors import WrongResult, said
 from .machine import name_of
 from .peaks import PEAKS
 from .timing import (
@@ -22,10 +23,6 @@ from .workloads import Calls, MissingPeer, Prepared, Workload, first_results
 
 OURS = "ours"
 FEWEST, MOST = 5, 50  # rounds
-
-
-class WrongResult(Exception):
-    """Ours, further from the reference than allowed: nothing is timed."""
 
 
 def race(
@@ -110,11 +107,6 @@ def check(
         else:
             entrants[name] = calls
     return entrants, excluded
-
-
-def said(error: Exception) -> str:
-    """An error's first line; its kind where it says nothing."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def record_of(

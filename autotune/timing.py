@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 import torch
 
+from .errors import said
+
 Call = Callable[[], Any]
 
 WARM_BELOW = 1e-4  # seconds, below which a call is also timed warm
@@ -140,8 +142,8 @@ class GpuStopwatch:
         except RuntimeError as error:
             self.cuda.set_stream(before)  # a capture that ends in an error leaves another
             self.cuda.synchronize()
-            reason = str(error).partition("\n")[0]
-            return self.run(repeated(call, repeats), repeats, warm, f"calls, not a graph: {reason}")
+            method = f"calls, not a graph: {said(error)}"
+            return self.run(repeated(call, repeats), repeats, warm, method)
         return self.run(graph.replay, repeats, warm, "graph")
 
     def repeats(self, call: Call) -> int:

@@ -25,6 +25,7 @@ from ..kernels import configs
 from ..kernels.configs import Config, Entry, Key
 from ..kernels.configs.file import read, written
 from .candidates import candidates
+from .errors import WrongResult, said
 from .offline import offline
 from .on_meta import calls_on_meta, launching
 from .pruning import Survey
@@ -87,8 +88,8 @@ def tune(
     path: the file; its other entries stay. again: whether to measure what the file holds already,
     measured with the same versions of torch and Triton. Each kernel is written as soon as it is
     found, so that a tuner that was killed goes on where it was.
-    Raises ValueError for a workload that is gated off, and where the heuristic's own result is
-    wrong or the file malformed.
+    Raises ValueError for a workload that is gated off and where the file is malformed, and
+    WrongResult where the heuristic's own result is wrong.
     """
     if workload.samples == 0:
         raise ValueError("active takes at least one sample: what is gated off takes no time")
@@ -112,7 +113,7 @@ def contest(workload: Workload, prepared: Prepared, task: Task, machine: Machine
     as_is = partial(call_with, kernel, task.heuristic, call)
     sentence = fault(partial(call_with, kernel, task.heuristic, first), prepared)
     if sentence is not None:
-        raise ValueError(f"{workload.name}, {task.name}: untuned, {sentence}")
+        raise WrongResult(f"{workload.name}, {task.name}: untuned, {sentence}")
     right, wrong = [], 0
     for survey in surveys:
         sentence = fault(partial(call_with, kernel, survey.config, first), prepared)
@@ -213,7 +214,7 @@ def fault(call: Callable[[], Results], prepared: Prepared) -> str | None:
         with poisoned_memory():
             results = call()
     except (TritonError, RuntimeError) as error:  # code that ptxas or the driver refuses
-        return f"it does not run: {str(error).splitlines()[0]}"
+        return f"it does not run: {said(error)}"
     sentence = prepared.wrong(results)
     for result in results.values():
         result.detach().fill_(float("nan"))

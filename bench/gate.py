@@ -84,12 +84,12 @@ def check_ratios(
             def measure(workload: Workload = workload, direction: str = direction) -> Any:
                 return ratios_of(*race(workload, torch.device("cpu"), [direction], seconds))
 
-            for peer, (old, new) in common(known, measure()).items():
-                what = f"{workload.name}, {direction}, by {peer}"
+            what = f"{workload.name}, {direction}, by "
+            for peer, old, new in compared("ratios", what, known, measure()):
                 found = compare_samples(old, new, LEAST_RATIO)
                 if found.slower:
                     found = compare_samples(old, measure()[peer], LEAST_RATIO)
-                worse += report("ratios", what, found)
+                worse += report("ratios", what + peer, found)
     return worse
 
 
@@ -103,8 +103,15 @@ def ratios_of(race: dict[str, Any]) -> dict[str, list[float]]:
     }
 
 
-def common(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {name: (a[name], b[name]) for name in a if name in b}
+def compared(
+    gate: str, what: str, before: dict[str, Any], now: dict[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """What was measured both times; of what is no longer, as where a peer is missing, it tells."""
+    for name in before:
+        if name in now:
+            yield name, before[name], now[name]
+        else:
+            print(f"{gate}: {what}{name}: not measured here: not compared")
 
 
 def check_start(record: dict[str, Any]) -> list[str]:
@@ -115,7 +122,7 @@ def check_start(record: dict[str, Any]) -> list[str]:
         old, new = ([max(share, NEGLIGIBLE) for share in shares] for shares in (old, new))
         return compare_samples(old, new, LEAST_START)
 
-    for what, (old, new) in common(record["start"], startup.measure()).items():
+    for what, old, new in compared("start", "", record["start"], startup.measure()):
         found = compare(old, new)
         if found.slower:
             found = compare(old, startup.measure()[what])

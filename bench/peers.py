@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from tossup.autotune.errors import said
 from tossup.supernet.files import write_atomically
 
 # By the name of the module: the distribution, and the folder of its sources
@@ -73,9 +74,9 @@ def build(name: str, sdists: Path, output: Path) -> str:
             extra_include_paths=[str(sources[0].parent)], build_directory=str(folder),
         )  # fmt: skip
     except (NotBuilt, RuntimeError, OSError, ImportError) as error:
-        lines = str(error).strip().splitlines()
-        print(*lines, sep="\n", file=sys.stderr)
-        return f"not built: {next((line for line in lines if 'error:' in line), lines[0])}"
+        print(error, file=sys.stderr)
+        faults = [line for line in str(error).splitlines() if "error:" in line]  # the compiler's
+        return f"not built: {faults[0] if faults else said(error)}"
     built = Path(module.__file__)
     shutil.copy(built, output / f".{built.name}")
     (output / f".{built.name}").rename(output / built.name)

@@ -18,7 +18,8 @@ import torch
 
 from bench import startup
 from bench.records import RESULTS, new_record, write_record
-from tossup.autotune.races import Race, said, table
+from tossup.autotune.errors import said
+from tossup.autotune.races import Race, table
 from tossup.autotune.workloads import OPS, shipped
 
 

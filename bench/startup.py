@@ -39,7 +39,7 @@ def measure() -> dict[str, list[float]]:
     for turn in range(ROUNDS + 1):
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, json.dumps(OPS)],
-            text=True, capture_output=True, check=True,
+            text=True, stdout=subprocess.PIPE, check=True,
         )  # fmt: skip
         if turn > 0:
             for name, share in json.loads(done.stdout).items():

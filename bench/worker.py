@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import tossup
-from tossup.autotune.races import said
+from tossup.autotune.errors import said
 from tossup.autotune.timing import CpuStopwatch, GpuStopwatch, Run
 from tossup.autotune.workloads import Prepared, Workload, build, first_results
 

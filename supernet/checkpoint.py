@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import ModelConfig
@@ -72,9 +72,10 @@ def model_tensors(model: SupernetModel) -> dict[str, Tensor]:
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file, as readable as others of its folder (save_file's is private)."""
-    path.write_bytes(
-        save({name: t.cpu().contiguous() for name, t in tensors.items()}, {"format": "pt"})
-    )
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
+    path.chmod(mode)
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..autotune.errors import WrongResult
 from .config import (
     EvaluationConfig,
     LatencyConfig,
@@ -138,13 +139,9 @@ def inspect(
 
 def bench(words: Sequence[str], device: str, as_json: bool) -> None:
     """race an op against its peers, on a shape of yours"""
-    from ..autotune.races import WrongResult
     from .benchmark import benchmark
 
-    try:
-        print(benchmark(words, device, as_json))
-    except WrongResult as error:
-        raise SystemExit(f"tossup bench: not timed: {error}") from error
+    print(benchmark(words, device, as_json))
 
 
 def tune(words: Sequence[str], archs: Sequence[str], again: bool, output: Path | None) -> None:
@@ -155,6 +152,9 @@ def tune(words: Sequence[str], archs: Sequence[str], again: bool, output: Path |
 
 
 Command = Callable[[Path | None, Sequence[str]], None]
+
+# These write what they have found as they go
+RESUMED = ("train", "search", "tune")
 
 # Each command, and where the configuration lives whose keys it takes.
 COMMANDS: dict[str, tuple[Command, str, str]] = {
@@ -169,8 +169,8 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
-    Returns 0 where it succeeded, 2 where its configuration or a file is wrong, 130 on Ctrl-C, 141
-    where nobody reads what it prints any more. SystemExit where `bench` finds a wrong result.
+    Returns 0 where it succeeded, 1 where what was to be timed is wrong, 2 where its configuration
+    or a file is, 130 on Ctrl-C, 141 where nobody reads what it prints any more.
     """
     parser = argparse.ArgumentParser(prog="tossup", description=__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=f"tossup {__version__}")
@@ -190,8 +190,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is buffered
         return 141
     except KeyboardInterrupt:
-        print(f"tossup {options.command}: stopped; the same command goes on", file=sys.stderr)
+        goes_on = "; the same command goes on" if options.command in RESUMED else ""
+        print(f"tossup {options.command}: stopped{goes_on}", file=sys.stderr)
         return 130
+    except WrongResult as error:
+        print(f"tossup {options.command}: not timed: {error}", file=sys.stderr)
+        return 1
     except ConfigError as error:
         for line in str(error).splitlines():
             print(f"tossup {options.command}: {line}", file=sys.stderr)

@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from ..autotune.errors import said
 from ..kernels.backend import resolve_impl
 from .errors import ConfigError
 
@@ -19,11 +20,12 @@ def device_of(name: str, key: str = "training.device") -> torch.device:
         if device.type == "cuda":
             own = int(os.environ.get("LOCAL_RANK", "0"))
             device = torch.device("cuda", own if device.index is None else device.index)
-            torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()  # some devices can be named, and hold no data
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ConfigError(
-            f"{key} takes a device of this machine, such as cpu, got {name!r}"
+            f"{key} takes a device of this machine, such as cpu, got {name!r}: {said(error)}"
         ) from error
     try:
         backend = resolve_impl("auto", device)

@@ -18,6 +18,7 @@ from ..autotune.timing import GpuStopwatch, Stopwatch, Timing, rounds_within, ta
 from ..autotune.tune import Machine, Prune, list_survivors, tune
 from ..autotune.workloads import Workload, shipped
 from ..kernels.configs import path_of, slug
+from ..kernels.configs.file import read
 from .benchmark import parse
 from .errors import ConfigError
 from .files import write_atomically
@@ -54,16 +55,23 @@ def measure_all(workloads: Sequence[Workload], again: bool, output: Path | None)
     gpu = torch.cuda.get_device_name()
     arch = number_of("sm_{}{}".format(*torch.cuda.get_device_capability()))
     path = output or path_of(slug(gpu))
+    refuse_malformed(path)
     stopwatch = GpuStopwatch()
     with pruning(arch) as prune, stopwatch.here():
         machine = Machine(gpu, prune, partial(measure, stopwatch), write_atomically, tqdm.write)
         for workload in workloads:
             tqdm.write(workload.name)
-            try:
-                tune(workload, workload.prepare("cuda"), path, machine, again)
-            except ValueError as error:
-                raise ConfigError(str(error)) from error
+            tune(workload, workload.prepare("cuda"), path, machine, again)
     tqdm.write(str(path))
+
+
+def refuse_malformed(path: Path) -> None:
+    """Before anything is measured."""
+    try:
+        if path.exists():
+            list(read(path))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def workloads_of(words: Sequence[str]) -> list[Workload]:
@@ -72,6 +80,8 @@ def workloads_of(words: Sequence[str]) -> list[Workload]:
     workload, directions = parse(words)
     if directions:
         raise ConfigError("direction is no key of tune, which takes all directions of an op")
+    if workload.samples == 0:
+        raise ConfigError("active takes at least one sample: what is gated off takes no time")
     return [workload]
 
 

@@ -15,6 +15,10 @@ from ..peaks import Floor
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHORT = {dtype: name for name, dtype in DTYPES.items()}
 
+# How many times what the reference loses in the same precision: sums in another order, which
+# differs from CPU to CPU, lose up to 2.6 times as much.
+ALLOWED = 3
+
 Results = dict[str, Tensor]
 Call = Callable[[], Results]
 Calls = Mapping[str, Call]  # by direction
@@ -187,11 +191,11 @@ class Workload(ABC):
         return Prepared(self.ours(inputs, route), peers, expected)
 
     def expect(self, inputs: dict[str, Tensor]) -> Iterator[Expected]:
-        """What is allowed against the reference in float64: twice the error of the reference in
-        the workload's dtype, and twice a rounding in that dtype. A gradient that is summed over all
-        tokens, in float32 and in whatever order, is rounded log2 of them times at least; such
-        errors add up as their root. Whole inputs may be too many for float64, so that an op chooses
-        of which parts of its results to compute the reference."""
+        """What is allowed against the reference in float64: ALLOWED times the error of the
+        reference in the workload's dtype, and as many roundings in that dtype. A gradient that is
+        summed over all tokens, in float32 and in whatever order, is rounded log2 of them times at
+        least; such errors add up as their root. Whole inputs may be too many for float64, so that
+        an op chooses of which parts of its results to compute the reference."""
         summed = torch.finfo(torch.float32).eps * math.log2(max(2, self.tokens)) ** 0.5
         rounding = torch.finfo(self.torch_dtype).eps
         exactly = self.reference(inputs, lambda x: x.detach().double())
@@ -200,7 +204,7 @@ class Workload(ABC):
             error = (rough.double() - value).abs().max()
             with_batch = name == "out" or name.removeprefix("d") in self.per_sample
             band = rounding if with_batch else max(rounding, summed)
-            yield Expected(name, index, value, 2 * (error + band * value.abs().max()).item())
+            yield Expected(name, index, value, ALLOWED * (error + band * value.abs().max()).item())
 
     per_sample: ClassVar[frozenset[str]]  # the inputs that have a batch
 

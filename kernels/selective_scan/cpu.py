@@ -12,11 +12,13 @@ every channel has a B or C of its own, it also has a block of its own, and one l
 """
 
 import functools
+import hashlib
 import math
 import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -209,6 +211,13 @@ def backward_sweep(
             for lane in range(width):
                 dA[s, first + lane, n] = ddecay_rate[n, lane]
                 dstate[s, first + lane, n] = dh[n, lane]
+
+
+# numba's cache follows this file, under each function's name: that has to tell what else is
+# compiled in.
+ELSE = Path(__file__).with_name("lanes.py").read_bytes() + b"%d" % CHUNK
+for sweep in (forward_sweep, backward_sweep):
+    sweep.__qualname__ += f"_{hashlib.sha256(ELSE).hexdigest()[:8]}"
 
 
 @functools.cache

@@ -2,8 +2,6 @@
 
 LLVM vectorises a loop over several arrays only where it can tell that they do not overlap, and the
 reverse sweep has too many for that. Here the vectors are in the code.
-
-numba's cache follows the file of the sweeps, cpu.py, and no other: touch it after a change here.
 """
 
 from llvmlite import ir  # type: ignore[import-untyped]

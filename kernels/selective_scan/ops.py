@@ -7,8 +7,7 @@ from ..backend import call_backend
 from ..precision import wide
 from ..routing import snapshot
 
-# Tokens between the states that forward keeps for backward. The sweeps in cpu.py are compiled with
-# theirs, and numba's cache follows that file alone: touch it after a change here.
+# Tokens between the states that forward keeps for backward
 CHUNKS = {"cpu": 16, "triton": 32}
 
 

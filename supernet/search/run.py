@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ... import __version__
+from ...kernels.backend import resolve_impl
 from ..config import ModelConfig, RunConfig, SearchConfig
 from ..conversion import load_checkpoint, refuse_foreign, save_checkpoint
 from ..data import build_data
@@ -45,7 +47,8 @@ def run_search(run: RunConfig, config: SearchConfig) -> dict[str, Any]:
     cost = cost_model(config, model, seqlen=batches[0][0].shape[1])
     settings = config.model_dump(include={"batches", "batch_size", "candidates_per_forward"})
     settings |= run.training.model_dump(include={"dispatch", "device"})
-    settings["torch"] = torch.__version__
+    settings |= {"torch": torch.__version__, "tossup": __version__}
+    settings["impl"] = resolve_impl("auto", torch.device(run.training.device))
     fingerprints = Fingerprints(fingerprint_of(checkpoint), data.fingerprint(), settings)
     total = space.size
     if config.method == "beam":

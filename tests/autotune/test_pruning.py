@@ -71,7 +71,7 @@ COMPILED = [
     (linear(programs=3), "occupancy"),
     (linear(stages=5, inner=128), "shared memory"),
     (linear(rows=128, columns=256, warps=4), "spills"),
-    (linear(inner=48), "does not compile"),  # no power of two
+    (linear(inner=48), "does not compile: arange's range must be a power of 2"),
 ]
 
 

@@ -1,15 +1,17 @@
 """Races: who may be timed, what a record holds, and what people get to read."""
 
-import re
+import subprocess
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from tossup.autotune import races
-from tossup.autotune.machine import commit, describe
+from tossup.autotune import machine, races
+from tossup.autotune.errors import WrongResult
+from tossup.autotune.machine import describe
 from tossup.autotune.peaks import Peak
-from tossup.autotune.races import Race, WrongResult, race, table
+from tossup.autotune.races import Race, race, table
 from tossup.autotune.timing import CpuStopwatch, Run
 from tossup.autotune.workloads import MissingPeer, Workload, build
 from tossup.autotune.workloads import linear as linears
@@ -106,4 +108,29 @@ def test_a_machine_describes_itself():
     about = describe(CPU)
     assert about["packages"]["torch"] == torch.__version__ and about["device"]
     assert about["threads"] == torch.get_num_threads()
-    assert commit() is None or re.fullmatch("[0-9a-f]{12}(-dirty)?", commit())
+
+
+def test_the_commit_is_of_the_checkout_that_the_package_belongs_to(tmp_path, monkeypatch):
+    """Not of one that it only lies in, as a copy or an installed wheel may."""
+    copy = tmp_path / "machine.py"
+    copy.write_bytes(Path(machine.__file__).read_bytes())
+    monkeypatch.setattr(machine, "__file__", str(copy))
+    monkeypatch.delenv("TOSSUP_COMMIT", raising=False)
+
+    def git(*words):
+        identity = ("-c", "user.name=n", "-c", "user.email=e")
+        done = ["git", "-C", tmp_path, *identity, *words]
+        return subprocess.run(done, check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
+
+    assert machine.commit() is None
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message", "of others")
+    assert machine.commit() is None
+    monkeypatch.setenv("TOSSUP_COMMIT", "told")
+    assert machine.commit() == "told"
+    git("add", "machine.py")
+    git("commit", "--quiet", "--message", "ours")
+    assert machine.commit() == git("rev-parse", "--short=12", "HEAD")
+    with copy.open("a") as file:
+        file.write("# changed")
+    assert machine.commit() == git("rev-parse", "--short=12", "HEAD") + "-dirty"

@@ -8,6 +8,7 @@ import torch
 
 from tossup.autotune import tune as tuning
 from tossup.autotune.candidates import SPACES, candidates
+from tossup.autotune.errors import WrongResult
 from tossup.autotune.pruning import Survey
 from tossup.autotune.timing import Timing
 from tossup.autotune.tune import Machine, tune
@@ -218,7 +219,7 @@ def test_what_is_gated_off_and_a_wrong_heuristic_are_refused(path):
     with pytest.raises(ValueError, match="active takes at least one sample"):
         run(Op(samples=0), path)
     with pytest.raises(
-        ValueError, match=r"causal_conv1d\.forward \(forward\): untuned, out is off"
+        WrongResult, match=r"causal_conv1d\.forward \(forward\): untuned, out is off"
     ):
         run(Op(wrong=[HEURISTIC]), path)
     assert not path.exists()

@@ -11,6 +11,7 @@ from bench import gate, startup
 from bench.records import new_record, newest, write_record
 from tossup.autotune import races
 from tossup.autotune.workloads import build
+from tossup.autotune.workloads import linear as linears
 
 WORKLOAD = build("linear", {"seqlen": 8, "in_features": 16, "out_features": 16, "dtype": "fp32"})
 CASES = [f"{WORKLOAD.name}, {direction}" for direction in WORKLOAD.directions]
@@ -96,17 +97,26 @@ def test_ratios_to_peers_trip_the_gate_whatever_the_machine(monkeypatch):
     ] == CASES
 
 
+def test_what_can_no_longer_be_measured_is_told(monkeypatch, capsys):
+    gone = {**record(), "start": {"import tossup": [0.2] * 5, "first call of old": [0.2] * 5}}
+    for race in gone["races"]:
+        race["entrants"]["gone"] = {"seconds": noise(20)}
+    monkeypatch.setattr(gate, "race", recorded())
+    assert gate.check_ratios(gone, [WORKLOAD], 0.0) == []
+    told = capsys.readouterr().out
+    assert all(f"{case}, by gone: not measured here: not compared" in told for case in CASES)
+    monkeypatch.setattr(startup, "measure", lambda: {"import tossup": noise(5, 0.2)})
+    assert gate.check_start(gone) == []
+    assert "start: first call of old: not measured here" in capsys.readouterr().out
+
+
 def test_an_op_slowed_down_on_the_cpu_trips_the_gate(monkeypatch):
     """The race itself, by a clock that an op which repeats its work moves on twice as far."""
-    now, linear = [0.0], races.Workload
+    now, linear = [0.0], linears.linear
 
     class Ticking(races.CpuStopwatch):
         def __init__(self):
             super().__init__(lambda: now[0])
-
-    from tossup.autotune.workloads import linear as linears
-
-    linear = linears.linear
 
     def ticking(function, ticks):
         def call(*args, **kwargs):

@@ -8,7 +8,7 @@ import torch
 from torch.utils import cpp_extension
 
 from bench import peers, record, table
-from tossup.autotune.races import WrongResult
+from tossup.autotune.errors import WrongResult
 from tossup.autotune.workloads import build
 
 

@@ -1,6 +1,9 @@
 """Selective scan: values, gradients, states, resets and routes, against independent oracles."""
 
 import multiprocessing
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -455,6 +458,29 @@ def test_runs_where_nothing_can_be_cached(monkeypatch):
     monkeypatch.setattr(CacheImpl, "_locator_classes", [])
     with pytest.warns(UserWarning, match=r"compiled anew in every process.*NUMBA_CACHE_DIR"):
         assert torch.equal(selective_scan(**tensors, impl="cpu"), expected)
+
+
+FIRST_KEPT = """
+import sys, torch, tossup
+from tossup.kernels.selective_scan.ops import CHUNKS, selective_scan_op
+CHUNKS["cpu"] = chunk = int(sys.argv[1])
+ones = torch.ones(1, 40, 2)
+u, A, B = ones, -torch.ones(2, 1), torch.ones(1, 40, 1, 1)
+_, _, kept = selective_scan_op(u, ones, A, B, B, *(None,) * 7, False, "cpu")
+_, state = tossup.selective_scan(
+    *(x[:, :chunk] for x in (u, ones)), A, *(x[:, :chunk] for x in (B, B)),
+    return_final_state=True, impl="reference",
+)
+torch.testing.assert_close(kept[:, 1].mT, state)
+"""
+
+
+def test_what_is_cached_is_compiled_with_this_chunk(tmp_path):
+    """numba looks at the file of the sweeps alone, where CHUNKS does not stand."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    for chunk in ("16", "8"):
+        script = [sys.executable, "-W", "error", "-c", FIRST_KEPT, chunk]
+        subprocess.run(script, env=environment, check=True)
 
 
 @every_backend
