@@ -1,8 +1,19 @@
-"""What launchers do alike."""
+"""What launchers do alike, in few microseconds: a launch takes the host about twenty."""
 
 from torch import Tensor
 
 PROGRAMS = 65535  # that the second and the third axis of a grid hold; the first holds 2³¹ - 1
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own takes the host a hundred times as long, as it also serves in
+    kernels."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not less than n, 1 for 0. Triton's is as slow."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def refuse_more_samples_than_programs(batch: int) -> None:

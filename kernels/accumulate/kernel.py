@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import cdiv
 from ..precision import refuse_float64
 
 BLOCK = 1024
@@ -37,6 +38,6 @@ def accumulate_into(
     for total, gradient in zip(totals, gradients, strict=True):
         refuse_float64(totals=total, gradients=gradient)
     sizes = tuple(total.numel() for total in totals)
-    accumulate_kernel[(triton.cdiv(max(sizes), BLOCK), len(totals))](
+    accumulate_kernel[(cdiv(max(sizes), BLOCK), len(totals))](
         tuple(totals), tuple(gradients), sizes, count, written, BLOCK=BLOCK
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import configs
 from ..exponentials import sigmoid, silu
-from ..launch import refuse_more_samples_than_programs, strides
+from ..launch import cdiv, refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
 from ..routing.gate import active_sample
 
@@ -234,8 +234,7 @@ def configure(kernel: str, x: Tensor, width: int, packed: bool) -> dict[str, int
     others = 32 if kernel == "forward" else 16
     tokens, channels = (64, others) if along_time else (others, 64)
     facts = {"dtype": str(x.dtype), "width": width, "packed": packed, "along_time": along_time}
-    # What is larger counts as no larger: by then a GPU is full
-    sizes = {"tokens": min(batch * seqlen, 65536), "channels": min(dim, 16384)}
+    sizes = {"tokens": (batch * seqlen, 65536), "channels": (dim, 16384)}
     heuristic = {"BLOCK_T": tokens, "BLOCK_DIM": channels, "num_warps": 4}
     return configs.choose(f"causal_conv1d.{kernel}", facts, sizes, heuristic)
 
@@ -249,7 +248,7 @@ def forward(x, weight, bias, initial_state, seq_idx, count, samples, activation,
     final_state = x.new_empty((batch, width - 1, dim))
     options = configure("forward", x, width, seq_idx is not None)
     # Tiles of time come first, as only the first axis takes more than 65535 programs
-    grid = (triton.cdiv(seqlen, options["BLOCK_T"]), triton.cdiv(dim, options["BLOCK_DIM"]), batch)
+    grid = (cdiv(seqlen, options["BLOCK_T"]), cdiv(dim, options["BLOCK_DIM"]), batch)
     forward_kernel[grid](
         x, weight, bias, initial_state, seq_idx, count, samples, out, final_state,
         seqlen, dim, x.stride(), weight.stride(), *strides(bias, 1), strides(initial_state, 3),
@@ -267,11 +266,11 @@ def backward(
     dx = x.new_empty(x.shape) if dx is None else dx
     dinitial_state = None if initial_state is None else initial_state.new_empty(initial_state.shape)
     options = configure("backward", x, width, seq_idx is not None)
-    tiles = triton.cdiv(seqlen + width - 1, options["BLOCK_T"])
+    tiles = cdiv(seqlen + width - 1, options["BLOCK_T"])
     # Places past the route's last write nothing
     fresh = x.new_empty if count is None else x.new_zeros
     shares = fresh((batch, tiles, width + 1, dim), dtype=torch.float32)
-    backward_kernel[(tiles, triton.cdiv(dim, options["BLOCK_DIM"]), batch)](
+    backward_kernel[(tiles, cdiv(dim, options["BLOCK_DIM"]), batch)](
         dout, dfinal_state, x, weight, bias, initial_state, seq_idx, count, samples,
         dx, dinitial_state, shares,
         seqlen, dim, dout.stride(), strides(dfinal_state, 3), x.stride(), weight.stride(),

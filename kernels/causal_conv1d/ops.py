@@ -76,11 +76,6 @@ def causal_conv1d_into_op(
     )  # fmt: skip
 
 
-@causal_conv1d_into_op.register_fake
-def _(out, *others):
-    return None
-
-
 @torch.library.custom_op("tossup::causal_conv1d_backward_into", mutates_args=("dx",))
 def causal_conv1d_backward_into_op(
     dx: Tensor,

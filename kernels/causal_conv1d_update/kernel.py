@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import configs
 from ..exponentials import silu
-from ..launch import refuse_more_samples_than_programs, strides
+from ..launch import cdiv, next_power_of_2, refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
 from ..routing.gate import active_sample
 
@@ -100,7 +100,7 @@ def update(
     batch, seqlen, dim = x.shape
     options = configure(x, weight.shape[1], cache_seqlens is not None)
     out = x.new_empty(x.shape)
-    update_kernel[(triton.cdiv(dim, options["BLOCK_DIM"]), batch)](
+    update_kernel[(cdiv(dim, options["BLOCK_DIM"]), batch)](
         x, conv_state, weight, bias, cache_seqlens, conv_state_indices, count, samples, out,
         seqlen, conv_state.shape[1], dim, x.stride(), conv_state.stride(), weight.stride(),
         *strides(bias, 1),
@@ -113,7 +113,6 @@ def configure(x: Tensor, width: int, ring: bool) -> configs.Config:
     """How many channels a program takes, and its warps."""
     batch, seqlen, dim = x.shape
     facts = {"dtype": str(x.dtype), "width": width, "ring": ring}
-    # What is larger counts as no larger: by then a GPU is full
-    sizes = {"tokens": min(batch * seqlen, 1024), "channels": min(dim, 16384)}
-    heuristic = {"BLOCK_DIM": min(256, triton.next_power_of_2(dim)), "num_warps": 4}
+    sizes = {"tokens": (batch * seqlen, 1024), "channels": (dim, 16384)}
+    heuristic = {"BLOCK_DIM": min(256, next_power_of_2(dim)), "num_warps": 4}
     return configs.choose("causal_conv1d_update.update", facts, sizes, heuristic)

@@ -45,18 +45,23 @@ _gpus: list[str | None] = []  # of the contexts of_gpu, the innermost last
 
 
 def choose(
-    kernel: str, facts: Mapping[str, Fact], sizes: Mapping[str, int], heuristic: Config
+    kernel: str,
+    facts: Mapping[str, Fact],
+    sizes: Mapping[str, tuple[int, int]],
+    heuristic: Config,
 ) -> Config:
     """The configuration of a launch, with the keys of `heuristic`, which is what it is untuned.
 
     kernel: as "flash_attention.forward". facts: what a configuration's worth depends on, and must
-    be the same. sizes: what may be near.
+    be the same. sizes: what may be near, each with the most that it counts as: by then a GPU is
+    full, and loops are long.
     Raises ValueError where a file is malformed, or holds other keys than the kernel takes.
     """
     gpu = current_gpu()
     if _asked is None and not _forced and not entries_of(gpu):
         return heuristic  # every launch on a GPU without a file ends here
-    key = Key(kernel, tuple(facts.items()), tuple(sizes.items()))
+    capped = ((name, min(size, most)) for name, (size, most) in sizes.items())
+    key = Key(kernel, tuple(facts.items()), tuple(capped))
     if _asked is not None:
         _asked.append((key, heuristic))
     config = _forced.get(kernel) or known(gpu, key)

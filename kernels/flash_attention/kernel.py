@@ -32,12 +32,11 @@ D = 64 the forward's FLOPs and exp2 are equal, and below that exp2 binds. Bytes 
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from ..launch import PROGRAMS, refuse_more_samples_than_programs, strides
+from ..launch import PROGRAMS, cdiv, next_power_of_2, refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
 from ..target import arch, processors
 from .backward_kernel import dkdv_kernel, dq_kernel
@@ -86,14 +85,14 @@ def configure(
         "dtype": str(q.dtype), "head_dim": head_dim, "left": left >= 0, "right": right >= 0,
         "busy": busy,
     }  # fmt: skip
-    sizes = {  # what is larger counts as no larger: by then a GPU is full, and loops are long
-        "queries": min(queries, 16384),
-        "keys": min(keys if left < 0 else left + 1, keys, 16384),  # that a query sees
-        "heads": min(sequences * heads, 256),
+    sizes = {
+        "queries": (queries, 16384),
+        "keys": (keys if left < 0 else min(left + 1, keys), 16384),  # that a query sees
+        "heads": (sequences * heads, 256),
     }
     tiles = heuristic(kernel, head_dim, q.dtype, busy)
     chosen = configs.choose(f"flash_attention.{kernel}", facts, sizes, tiles)
-    return {"BLOCK_D": max(16, triton.next_power_of_2(head_dim)), **chosen}
+    return {"BLOCK_D": max(16, next_power_of_2(head_dim)), **chosen}
 
 
 def heuristic(kernel: str, head_dim: int, dtype: torch.dtype, busy: bool) -> dict[str, int]:
@@ -119,7 +118,7 @@ def check(q: Tensor) -> None:
 def grid_of(heads: int, longest: int, block: int, sequences: int) -> tuple[int, int, int]:
     """A program for each head, tile of the longest sequence, and sequence. Heads come first, since
     programs that run together then share keys, or walk as many tiles."""
-    grid = heads, triton.cdiv(longest, block), sequences
+    grid = heads, cdiv(longest, block), sequences
     if longest > PROGRAMS * block:
         raise ValueError(
             f"a sequence must be at most {PROGRAMS * block} tokens for impl='triton' with this"
@@ -199,7 +198,7 @@ def forward(
             outs, lses, cu_seqlens_q, count, samples, out, lse,
             seqlen_q, parts, strides(outs, 4), strides(lses, 3), apart, strides(out, 4),
             strides(lse, 3),
-            HEAD_DIM=head_dim, BLOCK_D=config["BLOCK_D"], PARTS=triton.next_power_of_2(parts),
+            HEAD_DIM=head_dim, BLOCK_D=config["BLOCK_D"], PARTS=next_power_of_2(parts),
         )  # fmt: skip
     return results
 

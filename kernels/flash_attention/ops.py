@@ -63,11 +63,6 @@ def flash_attention_into_op(
     )  # fmt: skip
 
 
-@flash_attention_into_op.register_fake
-def _(out, *others):
-    return None
-
-
 @torch.library.custom_op("tossup::flash_attention_backward", mutates_args=())
 def flash_attention_backward_op(
     dout: Tensor,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import configs
 from ..dot import dot
-from ..launch import strides
+from ..launch import cdiv, strides
 from ..precision import refuse_float64
 from ..target import arch, processors
 
@@ -267,9 +267,7 @@ def configure(
         "left": str(left.dtype), "right": str(right.dtype), "vectors": vectors, "busy": busy,
         "transposed": right.stride(-1) != 1,
     }  # fmt: skip
-    # What is larger counts as no larger: by then a GPU is full, and loops are long
-    sizes = {"rows": copies * rows, "columns": columns, "inner": inner}
-    sizes = {name: min(size, 16384) for name, size in sizes.items()}
+    sizes = {"rows": (copies * rows, 16384), "columns": (columns, 16384), "inner": (inner, 16384)}
     tile = heuristic(rows, columns, copies, fill, left.dtype, vectors, busy)
     return Tile(**configs.choose(f"linear.{kernel}", facts, sizes, tile._asdict()))
 
@@ -287,7 +285,7 @@ def heuristic(
         tiles = SCATTERED
 
     def count(tile: Tile) -> int:
-        return copies * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+        return copies * cdiv(rows, tile.rows) * cdiv(columns, tile.columns)
 
     def work(tile: Tile) -> int:
         return count(tile) * tile.rows * tile.columns
@@ -334,7 +332,7 @@ def forward_into(out, x, weight, bias, accumulate, count, samples):
     tile = configure(
         "forward", seqlen, out_features, in_features, batch, processors(), x, weight, busy
     )
-    tiles = batch * triton.cdiv(seqlen, tile.rows) * triton.cdiv(out_features, tile.columns)
+    tiles = batch * cdiv(seqlen, tile.rows) * cdiv(out_features, tile.columns)
     linear_kernel[(min(tiles, processors() * tile.programs),)](
         x, weight, bias, count, samples, out,
         batch, seqlen, in_features, out_features,
@@ -354,8 +352,8 @@ def weight_gradient_into(grad, dout, x, bias_grad, written, count, samples):
     busy = bias_grad is not None or out_features % rows != 0 or in_features % columns != 0
     tokens = batch * seqlen
     tile = configure("weight_gradient", out_features, in_features, tokens, 1, 0, dout, x, busy)
-    tiles = triton.cdiv(out_features, tile.rows) * triton.cdiv(in_features, tile.columns)
-    steps = batch * triton.cdiv(seqlen, tile.inner)
+    tiles = cdiv(out_features, tile.rows) * cdiv(in_features, tile.columns)
+    steps = batch * cdiv(seqlen, tile.inner)
     segments = max(1, min(processors() * tile.programs // tiles, steps // SHORTEST))
     targets = [grad, bias_grad]
     if segments == 1:
@@ -385,6 +383,6 @@ def parts_of(target: Tensor | None, segments: int) -> Tensor | None:
 def add_up(parts: Tensor, target: Tensor, written: Tensor | None, count: Tensor | None) -> None:
     size, columns = target.numel(), target.shape[-1] if target.ndim == 2 else 1
     stride = target.stride() if target.ndim == 2 else (target.stride(0), 0)
-    sum_kernel[(triton.cdiv(size, SUMMED),)](
+    sum_kernel[(cdiv(size, SUMMED),)](
         parts, count, written, target, len(parts), size, columns, stride, BLOCK=SUMMED
     )

@@ -40,11 +40,6 @@ def linear_into_op(
     )
 
 
-@linear_into_op.register_fake
-def _(out, *others):
-    return None
-
-
 @torch.library.custom_op("tossup::linear_weight_gradient_into", mutates_args=("grad", "bias_grad"))
 def linear_weight_gradient_into_op(
     grad: Tensor,
@@ -60,11 +55,6 @@ def linear_weight_gradient_into_op(
         __package__, impl, "weight_gradient_into",
         grad, dout, x, bias_grad, written, count, samples
     )  # fmt: skip
-
-
-@linear_weight_gradient_into_op.register_fake
-def _(grad, *others):
-    return None
 
 
 @torch.library.custom_op("tossup::linear_backward", mutates_args=())

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from ..launch import refuse_more_samples_than_programs
+from ..launch import cdiv, next_power_of_2, refuse_more_samples_than_programs
 from ..precision import refuse_float64
 from ..routing.gate import active_sample
 
@@ -94,7 +94,7 @@ def launch(kernel, name, out, x, group, count, samples):
     dim, wider = sorted((x.shape[2], out.shape[2]))
     batch, seqlen, _ = x.shape
     options = configure(name, x, dim, wider // dim)
-    grid = (triton.cdiv(seqlen, options["BLOCK_T"]), triton.cdiv(dim, options["BLOCK_DIM"]), batch)
+    grid = (cdiv(seqlen, options["BLOCK_T"]), cdiv(dim, options["BLOCK_DIM"]), batch)
     kernel[grid](
         x, out, count, samples, seqlen, dim, x.stride(), out.stride(),
         GROUP=group, REPEATS=wider // dim, **options,
@@ -105,8 +105,7 @@ def configure(kernel: str, x: Tensor, dim: int, repeats: int) -> configs.Config:
     """A tile and its warps; untuned, 2048 channels, along channels first. dim: of the narrower."""
     batch, seqlen, _ = x.shape
     facts = {"dtype": str(x.dtype), "repeats": repeats}
-    # What is larger counts as no larger: by then a GPU is full
-    sizes = {"tokens": min(batch * seqlen, 65536), "channels": min(dim, 4096)}
-    block_dim = min(triton.next_power_of_2(dim), 256)
+    sizes = {"tokens": (batch * seqlen, 65536), "channels": (dim, 4096)}
+    block_dim = min(next_power_of_2(dim), 256)
     heuristic = {"BLOCK_T": 2048 // block_dim, "BLOCK_DIM": block_dim, "num_warps": 4}
     return configs.choose(f"repeat_groups.{kernel}", facts, sizes, heuristic)

@@ -54,12 +54,6 @@ def sum_groups_into_op(
     call_backend(__package__, impl, "add_up", out, x, group, count, samples)
 
 
-@repeat_groups_into_op.register_fake
-@sum_groups_into_op.register_fake
-def _(out, *others):
-    return None
-
-
 def save_for_backward(ctx, inputs, output):
     _, group, repeats, count, samples, impl = inputs
     ctx.save_for_backward(*snapshot(count, samples))

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from ..launch import refuse_more_samples_than_programs, strides
+from ..launch import cdiv, next_power_of_2, refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
 from ..routing.gate import active_sample
 
@@ -72,10 +72,10 @@ def forward(
     batch, seqlen, heads, head_dim = x.shape
     half = cos.shape[-1]
     rest = head_dim - 2 * half
-    block, block_rest = (triton.next_power_of_2(max(1, n)) for n in (half, rest))
+    block, block_rest = (next_power_of_2(max(1, n)) for n in (half, rest))
     options = configure(x, max(block, block_rest), interleaved)
     out = x.new_empty(x.shape) if out is None else out
-    rotary_kernel[(triton.cdiv(seqlen * heads, options["ROWS"]), batch)](
+    rotary_kernel[(cdiv(seqlen * heads, options["ROWS"]), batch)](
         x, cos, sin, count, samples, out,
         seqlen, heads, x.stride(), out.stride(), strides(cos, 3), strides(sin, 3),
         HALF=half, REST=rest, INTERLEAVED=interleaved, BLOCK=block, BLOCK_REST=block_rest,
@@ -88,7 +88,6 @@ def configure(x: Tensor, width: int, interleaved: bool) -> configs.Config:
     """A tile's rows and its warps; untuned, tiles of 1024. width: of a tile."""
     batch, seqlen, heads, _ = x.shape
     facts = {"dtype": str(x.dtype), "width": width, "interleaved": interleaved}
-    # What is larger counts as no larger: by then a GPU is full
-    sizes = {"rows": min(batch * seqlen * heads, 2**20)}
+    sizes = {"rows": (batch * seqlen * heads, 2**20)}
     heuristic = {"ROWS": max(1, 1024 // width), "num_warps": 4}
     return configs.choose("rotary.forward", facts, sizes, heuristic)

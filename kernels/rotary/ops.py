@@ -38,11 +38,6 @@ def rotary_in_place_op(
     call_backend(__package__, impl, "forward", x, cos, sin, interleaved, count, samples, x)
 
 
-@rotary_in_place_op.register_fake
-def _(x, *others):
-    return None
-
-
 def save_for_backward(ctx, inputs, output):
     _, cos, sin, interleaved, count, samples, impl = inputs
     ctx.save_for_backward(cos, sin, *snapshot(count, samples))

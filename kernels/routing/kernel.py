@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import next_power_of_2
 from . import strategy as ground
 from .strategy import Strategy, thresholds
 from .table import MixerTable
@@ -99,7 +100,7 @@ def draw_kernel(
 
 def block_of(batch: int) -> dict[str, int]:
     """One block covers the batch, with up to 16 warps so that it stays in registers to 4096."""
-    block = triton.next_power_of_2(batch)
+    block = next_power_of_2(batch)
     return {"BLOCK": block, "num_warps": min(max(block // 128, 1), 16)}
 
 

@@ -28,11 +28,10 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import configs
-from ..launch import refuse_more_samples_than_programs, strides
+from ..launch import cdiv, next_power_of_2, refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
 from ..target import arch, processors
 from .backward_kernel import backward_kernel, group_kernel
@@ -66,8 +65,7 @@ def configure(
         "dtype": str(u.dtype), "states": states, "run": math.gcd(run, 128) if shared else run,
         "varying": varying, "gated": gated, "packed": packed,
     }  # fmt: skip
-    # What is larger counts as no larger: by then a GPU is full, and loops are long
-    sizes = {"channels": min(batch * dim, 65536), "seqlen": min(seqlen, 16384)}
+    sizes = {"channels": (batch * dim, 65536), "seqlen": (seqlen, 16384)}
     kernel = f"selective_scan.{'backward' if backward else 'forward'}"
     untuned = heuristic(states, backward, shared and varying, wide, batch * dim, run)
     chosen = configs.choose(kernel, facts, sizes, untuned)
@@ -105,7 +103,7 @@ def heuristic(
 
 def runs_of(run: int, dim: int, width: int) -> int:
     """How many runs of channels a tile of `width` lanes covers."""
-    of_run = triton.next_power_of_2(run)
+    of_run = next_power_of_2(run)
     return 1 if of_run >= width or run == dim else width // of_run
 
 
@@ -116,8 +114,8 @@ def segment_of(seqlen: int, warps: int) -> int:
     length out, for twice the work.
     """
     segments = 8 * processors() // max(warps, 1)
-    chunks = triton.cdiv(seqlen, CHUNK)
-    segment = max(triton.cdiv(chunks, max(segments, 1)) * CHUNK, SHORTEST)
+    chunks = cdiv(seqlen, CHUNK)
+    segment = max(cdiv(chunks, max(segments, 1)) * CHUNK, SHORTEST)
     return min(segment, chunks * CHUNK)
 
 
@@ -140,18 +138,18 @@ class Cut(NamedTuple):
 
 def cut(u: Tensor, A: Tensor, B: Tensor, C: Tensor, z, seq_idx, backward: bool) -> Cut:
     batch, seqlen, dim = u.shape
-    states = triton.next_power_of_2(A.shape[1])
+    states = next_power_of_2(A.shape[1])
     run = math.gcd(*(dim // x.shape[2] if x.ndim == 4 else dim for x in (B, C)))
     varying, gated, packed = B.ndim == C.ndim == 4, z is not None, seq_idx is not None
     options = configure(u, states, run, varying, gated, packed, backward)
     width = options["BLOCK_DIM"]
     runs = runs_of(run, dim, width)
-    blocks = dim // run * triton.cdiv(run, width)
-    tiles = triton.cdiv(blocks, runs)
+    blocks = dim // run * cdiv(run, width)
+    tiles = cdiv(blocks, runs)
     segment = segment_of(seqlen, batch * tiles * options["num_warps"])
     constants = {"STATE": A.shape[1], "RUNS": runs, **options}
     even = runs == 1 and run % width == 0 and seqlen % options["TOKENS"] == 0
-    return Cut(run, blocks, tiles, segment, triton.cdiv(seqlen, segment), even, constants)
+    return Cut(run, blocks, tiles, segment, cdiv(seqlen, segment), even, constants)
 
 
 def plane(weights: Tensor) -> Tensor:
@@ -216,7 +214,7 @@ def forward(
     if out is None:
         out = u.new_empty(u.shape)
     if kept is None:
-        chunks = triton.cdiv(seqlen, CHUNK)
+        chunks = cdiv(seqlen, CHUNK)
         kept = u.new_empty((batch, chunks, state, dim), dtype=torch.float32)
     forward_kernel[(pieces.tiles, batch, pieces.segments)](
         u, delta, A, B, C, D, z, delta_bias, before, seq_idx, count, samples,
@@ -299,8 +297,8 @@ def sum_groups(shares: Tensor, operand: Tensor, count, samples, out: Tensor | No
     batch, seqlen, groups, state = operand.shape
     out = operand.new_empty(operand.shape) if out is None else out
     tokens = 32
-    group_kernel[(triton.cdiv(seqlen, tokens), batch, groups)](
+    group_kernel[(cdiv(seqlen, tokens), batch, groups)](
         shares, out, count, samples, seqlen, groups, shares.shape[2] // groups, out.stride(),
-        STATE=state, STATES=triton.next_power_of_2(state), TOKENS=tokens,
+        STATE=state, STATES=next_power_of_2(state), TOKENS=tokens,
     )  # fmt: skip
     return out

@@ -106,11 +106,6 @@ def selective_scan_into_op(
     )  # fmt: skip
 
 
-@selective_scan_into_op.register_fake
-def _(out, *others):
-    return None
-
-
 @torch.library.custom_op("tossup::selective_scan_backward_into", mutates_args=("dB", "dC", "dz"))
 def selective_scan_backward_into_op(
     dB: Tensor,

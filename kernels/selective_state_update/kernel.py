@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import configs
 from ..exponentials import LOG2_E, silu, softplus
-from ..launch import refuse_more_samples_than_programs, strides
+from ..launch import cdiv, next_power_of_2, refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
 from ..routing.gate import active_sample
 
@@ -74,10 +74,10 @@ def update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, count, samples) ->
     refuse_float64(state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     refuse_more_samples_than_programs(len(x))
     batch, dim, n = state.shape
-    states = triton.next_power_of_2(n)
+    states = next_power_of_2(n)
     options = configure(x, states, state.dtype)
     out = x.new_empty((batch, dim))
-    update_kernel[(triton.cdiv(dim, options["BLOCK_DIM"]), batch)](
+    update_kernel[(cdiv(dim, options["BLOCK_DIM"]), batch)](
         state, x, dt, A, B, C, D, z, dt_bias, count, samples, out,
         dim, B.shape[1], C.shape[1],
         state.stride(), x.stride(), dt.stride(), A.stride(), B.stride(), C.stride(),
@@ -91,7 +91,6 @@ def configure(x: Tensor, states: int, of_state: torch.dtype) -> configs.Config:
     """A tile's channels and its warps; untuned, tiles of 2048 states."""
     batch, dim = x.shape
     facts = {"dtype": str(x.dtype), "state": str(of_state), "states": states}
-    # What is larger counts as no larger: by then a GPU is full
-    sizes = {"samples": min(batch, 1024), "channels": min(dim, 16384)}
+    sizes = {"samples": (batch, 1024), "channels": (dim, 16384)}
     heuristic = {"BLOCK_DIM": max(1, 2048 // states), "num_warps": 4}
     return configs.choose("selective_state_update.update", facts, sizes, heuristic)

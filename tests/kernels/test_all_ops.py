@@ -323,14 +323,6 @@ def test_launches_go_to_the_device_of_the_tensors(op, monkeypatch):
     assert len(entered) == 2 and all(tensor.device == x.device for tensor in entered)
 
 
-def test_an_op_without_a_backend_says_so_and_never_falls_back(tmp_path, monkeypatch):
-    (tmp_path / "halfway").mkdir()
-    (tmp_path / "halfway/__init__.py").touch()
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(NotImplementedError, match="halfway has no triton backend"):
-        load_backend("halfway", "triton")
-
-
 def test_implementations_are_chosen_by_argument_then_variable_then_device(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.delenv("TOSSUP_IMPL", raising=False)

@@ -28,6 +28,9 @@ def entry(config, kernel="op.forward", facts=FACTS, **sizes) -> Entry:
     return Entry(key, config, "op", 1.0, 2.0, 0.01, "2.13.0", "3.9.0", "2026-11-24")
 
 
+MOST = 2**20
+
+
 def block(size: int) -> dict[str, int]:
     return {"BLOCK": size, "num_warps": 8}
 
@@ -43,7 +46,8 @@ def file(tmp_path, monkeypatch):
 
 
 def choose(facts=FACTS, kernel="op.forward", **sizes):
-    return configs.choose(kernel, facts, sizes, HEURISTIC)
+    capped = {name: (size, MOST) for name, size in sizes.items()}
+    return configs.choose(kernel, facts, capped, HEURISTIC)
 
 
 def test_an_exact_entry_goes_before_a_near_one_and_that_before_the_heuristic(file):
@@ -56,6 +60,11 @@ def test_an_exact_entry_goes_before_a_near_one_and_that_before_the_heuristic(fil
     assert choose(rows=16385, columns=64) is HEURISTIC
     assert choose(rows=1024, columns=512) is HEURISTIC
     assert choose(rows=0, columns=64) is HEURISTIC
+
+
+def test_larger_sizes_count_as_the_largest(file):
+    file.write_text(written("Some GPU", [entry(block(32), rows=MOST)]))
+    assert choose(rows=1000 * MOST) == block(32)
 
 
 def test_facts_must_be_the_same_in_any_order(file):
