@@ -24,6 +24,7 @@ from tests.support import (
     route_of,
 )
 from tossup.kernels.flash_attention import flash_attention, kernel
+from tossup.kernels.flash_attention.ops import flash_attention_op
 
 WINDOWS = [(-1, -1), (-1, 0), (0, 0), (2, 0), (-1, 3), (3, 1), (0, -1), (100, 100)]
 WINDOWS += [(2**31 - 1, 2**31 - 1)]
@@ -489,14 +490,13 @@ def test_registration(impl, case):
     tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
     if route is None:  # with a route, what nobody wrote differs from call to call
         tests.append("test_aot_dispatch_dynamic")
-    op = torch.ops.tossup.flash_attention
     scoring = (options.get(n) for n in ("softcap", "alibi_slopes", "dropout_p", "dropout_seed"))
     softcap, slopes, p, seed = scoring
     arguments = (
         *inputs, 2, 0, 0.5, softcap or 0.0, slopes, p or 0.0, seed, *places[:2], None, None,
         *places[2:], impl,
     )  # fmt: skip
-    torch.library.opcheck(op, arguments, test_utils=tests)
+    torch.library.opcheck(flash_attention_op, arguments, test_utils=tests)
 
 
 @every_backend

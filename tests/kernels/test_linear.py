@@ -14,7 +14,7 @@ from tests.support import (
     seeded,
 )
 from tossup.kernels.backend import load_backend
-from tossup.kernels.linear import linear, linear_into, weight_gradient_into
+from tossup.kernels.linear import linear, linear_into, ops, weight_gradient_into
 
 HALF = [torch.bfloat16, torch.float16]
 DTYPES = ["exact", torch.float32, *HALF]
@@ -399,14 +399,13 @@ def test_registration(impl, chosen):
     dynamic = [*tests, "test_aot_dispatch_dynamic"]
     # with a route, what nobody wrote differs from call to call
     check = torch.library.opcheck
-    ops = torch.ops.tossup
-    check(ops.linear, (*parameters, *rest), test_utils=tests if route else dynamic)
-    check(ops.linear_into, (dout, x, weight, bias, True, *rest), test_utils=dynamic)
+    check(ops.linear_op, (*parameters, *rest), test_utils=tests if route else dynamic)
+    check(ops.linear_into_op, (dout, x, weight, bias, True, *rest), test_utils=dynamic)
     written = torch.tensor(1, dtype=torch.int32)
     for optional in ((bias, written), (None, None)):
         arguments = (weight, dout, x, *optional, *rest)
-        check(ops.linear_weight_gradient_into, arguments, test_utils=dynamic)
-    check(ops.linear_backward, (dout, x, weight, bias, *rest), test_utils=dynamic)
+        check(ops.linear_weight_gradient_into_op, arguments, test_utils=dynamic)
+    check(ops.linear_backward_op, (dout, x, weight, bias, *rest), test_utils=dynamic)
 
 
 @every_backend

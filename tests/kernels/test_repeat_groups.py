@@ -4,7 +4,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support import EXACT, assert_within_budget, every_backend, every_impl, route_of, seeded
-from tossup.kernels.repeat_groups import repeat_groups
+from tossup.kernels.repeat_groups import ops, repeat_groups
 from tossup.kernels.repeat_groups.ops import repeat_groups_into_op, sum_groups_into_op
 
 every_route = pytest.mark.parametrize("chosen", [(), (2,), (0, 3), (3, 1, 0, 2)])
@@ -204,12 +204,12 @@ def test_registration(impl, routed):
     tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
     dynamic = [*tests, "test_aot_dispatch_dynamic"]
     # with a route, what nobody wrote differs from call to call
-    check, ops = torch.library.opcheck, torch.ops.tossup
-    for op, tensor in ((ops.repeat_groups, x.clone()), (ops.sum_groups, out.clone())):
+    check = torch.library.opcheck
+    for op, tensor in ((ops.repeat_groups_op, x.clone()), (ops.sum_groups_op, out.clone())):
         arguments = (tensor.requires_grad_(), 2, 3, *rest)
         check(op, arguments, test_utils=tests if route else dynamic)
-    check(ops.repeat_groups_into, (out, x, 2, *rest), test_utils=dynamic)
-    check(ops.sum_groups_into, (x, out, 2, *rest), test_utils=dynamic)
+    check(ops.repeat_groups_into_op, (out, x, 2, *rest), test_utils=dynamic)
+    check(ops.sum_groups_into_op, (x, out, 2, *rest), test_utils=dynamic)
 
 
 @every_backend

@@ -7,6 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from tests.support import EXACT, assert_within_budget, every_backend, every_impl, route_of
 from tossup.kernels.rotary import rotary, rotary_angles
+from tossup.kernels.rotary.ops import rotary_op
 
 
 def inputs_of(batch, seqlen, heads, head_dim, rotary_dim, dtype=torch.float32, per_sample=False):
@@ -157,7 +158,7 @@ def test_registration(impl, routed):
     if route is None:  # with a route, what nobody wrote differs from call to call
         tests.append("test_aot_dispatch_dynamic")
     arguments = (x, cos, sin, False, route and route.count, route and route.samples, impl)
-    torch.library.opcheck(torch.ops.tossup.rotary, arguments, test_utils=tests)
+    torch.library.opcheck(rotary_op, arguments, test_utils=tests)
 
 
 @every_backend
