@@ -152,7 +152,7 @@ class Step:
             self.steps += 1
         self.stack(self.x, table, choose).float().square().mean().backward()
         clip_grad_norm(self.optimizer, 1.0, used)
-        self.optimizer.step(used)
+        self.optimizer.step(used=used)
         for group in self.optimizer.param_groups:
             if group["gate"] is None or self.way in ("item", "host"):
                 for parameter in group["params"]:

@@ -7,16 +7,16 @@ has its own fused call, and a flag on the device decides whether that call write
 around these calls, counting and clipping, is done for all gates together: it costs launches.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import compress
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from .stochastic import StochasticMixer
+from .stochastic import Router, StochasticMixer
 
 Group = dict[str, Any]
 KeyT = TypeVar("KeyT")
@@ -59,6 +59,8 @@ class GatedAdamW(Optimizer):
         parameters that train: state is made here and not in the first step, so that a step can be
         captured in a CUDA graph.
     lr: a float, or a 0-d float32 tensor on the device (which a captured step reads at each replay).
+    router: who draws the tables. `step` and `clip_grad_norm` then know which mixers were used, as
+        loops need that are not written for supernets, such as that of transformers' Trainer.
     inactive: what happens to a mixer that no sample took. `skip`: its parameters, moments and step
         counts stay bit for bit what they were. `decay`: it takes a step with a zero gradient, so
         momentum and weight decay go on, as in Fast-LLM.
@@ -75,6 +77,7 @@ class GatedAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
+        router: Router | None = None,
         inactive: Literal["skip", "decay"] = "skip",
     ) -> None:
         defaults = {
@@ -86,6 +89,7 @@ class GatedAdamW(Optimizer):
             "gate": None,
             "capturable": True,  # tells load_state_dict to put `step` on the parameter's device
         }
+        self.router = router
         self._buckets: list[list[_Bucket]] | None = None  # per group, until groups or state change
         super().__init__(params, defaults)
 
@@ -114,21 +118,30 @@ class GatedAdamW(Optimizer):
             )
         super().load_state_dict(state_dict)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"router": self.router}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._buckets = None  # its lists hold the tensors and groups that were just replaced
 
     @torch.no_grad()
-    def step(self, used: Tensor | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, *, used: Tensor | None = None) -> Any:
         """Update every shared parameter, and the mixers that were used.
 
+        closure: computes the loss and its gradients first, as in torch. Its result is returned.
         used: any real dtype, (layers, mixers), on the parameters' device; above zero where some
-            sample took the mixer, in whichever micro-batch. Needed where there are gates.
+            sample took the mixer, in whichever micro-batch. Where there are gates it is needed,
+            unless there is a router, which knows of all tables since the last step.
 
         Parameters without a gradient are passed over, as in torch; under `decay` a gated one counts
         as having a zero gradient. Nothing is read from the device.
         """
-        flags = _flags(self.param_groups, used)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        flags = _flags(self.param_groups, self.used_or(used))
         if self._buckets is None:
             self._buckets = [self._split(group) for group in self.param_groups]
         updates = [
@@ -139,6 +152,17 @@ class GatedAdamW(Optimizer):
         _count(updates)
         for update in updates:
             _adamw(update)
+        if self.router is not None:
+            self.router.begin_step()
+        return loss
+
+    def used_or(self, used: Tensor | None) -> Tensor | None:
+        """What was used in this step: as told, or else by the router, on the parameters' device."""
+        if used is not None or self.router is None:
+            return used
+        if self.router.drawn == 0:
+            raise ValueError("the router has drawn no table since the last step; call draw(batch)")
+        return self.router.used.to(self.param_groups[0]["params"][0].device, non_blocking=True)
 
     def _split(self, group: Group) -> list[_Bucket]:
         kinds = _grouped((_kind(param), param) for param in group["params"])
@@ -211,25 +235,35 @@ def clip_grad_norm(
 ) -> Tensor:
     """Scale gradients in place so that those of shared and used parameters have `max_norm` at most.
 
-    optimizer: a GatedAdamW, or its groups. used: as in `GatedAdamW.step`.
+    optimizer: a GatedAdamW, or its groups; gradients may be DTensors, as FSDP2's are. used: as in
+        `GatedAdamW.step`.
     Returns the total L2 norm before scaling, a 0-d tensor on the device. Whatever an unused mixer's
     gradients hold, NaN included, does not enter it.
     """
     groups = list(optimizer.param_groups if isinstance(optimizer, Optimizer) else optimizer)
+    if isinstance(optimizer, GatedAdamW):
+        used = optimizer.used_or(used)
     kinds = _grouped(
-        (_kind(param.grad), (param.grad, flag))
+        ((_kind(param.grad), getattr(param.grad, "device_mesh", None)), (param.grad, flag))
         for group, flag in zip(groups, _flags(groups, used), strict=True)
         for param in group["params"]
         if param.grad is not None
     )
     norms = []
-    for (device, _), rows in kinds.items():
+    for ((device, _), sharded), rows in kinds.items():
         always = torch.ones((), device=device)
         counts = torch.stack([always if flag is None else flag.used for _, flag in rows])
-        each = torch.stack(torch._foreach_norm([gradient for gradient, _ in rows]))
+        each: Any = torch.stack(torch._foreach_norm([gradient for gradient, _ in rows]))
+        if sharded is not None:  # as FSDP2 does: one sum over the ranks
+            each = each.full_tensor()
         norms.append(torch.where(counts > 0, each, 0))
     total = get_total_norm(norms)
-    clip_grads_with_norm_([param for group in groups for param in group["params"]], max_norm, total)
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)  # as torch has it
+    for ((device, _), sharded), rows in kinds.items():
+        gradients = [gradient for gradient, _ in rows]
+        if sharded is not None:
+            gradients = [gradient.to_local() for gradient in gradients]
+        torch._foreach_mul_(gradients, factor.to(device))
     return total
 
 

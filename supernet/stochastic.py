@@ -19,6 +19,7 @@ from ..kernels.routing import MixerTable, Strategy, draw
 from .config import check_mixer_name
 from .device_dispatch import DeviceDispatch, check_routed
 from .metrics import Mean, accumulate
+from .mixers.packing import PACKED_KWARGS
 
 Dispatch = Literal["device", "host", "dense"]
 
@@ -32,10 +33,13 @@ class Router:
 
     strategy: how tables are drawn. layers: how many layers share the router. seed: of the draws;
     one seed, one sequence of tables, on every rank. `step` counts the draws: set it to resume.
-    `counts` (layers, mixers) int64 says how many samples were sent where, over all draws.
+    `counts` (layers, mixers) int64 says how many samples were sent where, over all draws, and
+    `used` the same since the last step of a GatedAdamW that has this router.
     device: where tables are drawn, for mixers under device dispatch. There `step` is an int64
         tensor of shape (), which a draw reads and advances without the host: fill it to resume.
         None draws on the host.
+
+    A copy of a model follows the same router as the model does.
     """
 
     def __init__(
@@ -54,6 +58,14 @@ class Router:
             self.step = torch.tensor(step, dtype=torch.int64, device=device)
         self.table: MixerTable | None = None
         self.counts = torch.zeros(layers, strategy.mixers, dtype=torch.int64, device=self.device)
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Forget what was used until now."""
+        self.used, self.drawn = torch.zeros_like(self.counts), 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Router":
+        return self
 
     def draw(self, batch: int) -> MixerTable:
         """Draw the next step's table, for `batch` samples; the mixers follow it until the next."""
@@ -61,6 +73,8 @@ class Router:
             self.strategy, self.seed, self.step, self.layers, batch, device=self.device
         )
         self.counts += self.table.count
+        self.used += self.table.count
+        self.drawn += 1
         self.step += 1
         return self.table
 
@@ -136,6 +150,7 @@ class StochasticMixer(nn.Module):
         # int32, per mixer, on the device, made of this number when there is one: above 0 gradients
         # are added to, as is right for what autograd or an optimizer left; at 0 overwritten.
         self.written: Tensor | int = 1
+        self.followed: MixerTable | None = None  # the router's, in the last forward pass
 
     def forget_gradients(self) -> None:
         """Let the next backward pass overwrite the mixers' gradients, whatever they hold.
@@ -199,15 +214,25 @@ class StochasticMixer(nn.Module):
                 "training follows a mixer table: call the router's draw(batch) before each step, "
                 "or pass table= or placement="
             )
+        if not in_backward():
+            self.followed = self.router.table
+        elif self.followed is not self.router.table:
+            raise ValueError(
+                "gradient checkpointing runs a forward pass again, but the router has drawn since: "
+                "call draw after the backward pass, or pass table="
+            )
         return self.router.table
 
     def _device(self, call: "Call", table: MixerTable) -> Tensor:
         self._check_routed()  # again, as modules may have been exchanged
         x = call.hidden_states
-        named = set().union(*(named_kwargs(mixer) for mixer in self.mixers.values()))
+        named = PACKED_KWARGS.union(*(named_kwargs(mixer) for mixer in self.mixers.values()))
         for key, value in call.kwargs.items():
             if key in named and value is not None and value is not False:
-                raise ValueError(f"dispatch='device' takes no {key} while it follows a table")
+                raise ValueError(
+                    f"dispatch='device' takes no {key} while it follows a table: it knows of no "
+                    "padding, packed sequences or caches"
+                )
         if table.count.device != x.device:
             raise ValueError(
                 f"the mixer table must be on {x.device}, as hidden_states are, got "
@@ -334,6 +359,10 @@ class Call:
             return value
         if isinstance(value, tuple):
             return tuple(self._rows_of(key, item, rows) for item in value)
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{key} takes a tensor with a row for each sample, got {type(value).__name__}"
+            )
         batch = len(self.hidden_states)
         if len(value) not in (1, batch):
             raise ValueError(
@@ -359,6 +388,11 @@ class Call:
                 )
             if into is not None:
                 accumulate(into, f"{name}/{key}", mean)
+
+
+def in_backward() -> bool:
+    """Whether autograd is running, as it is where checkpointing runs a forward pass again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def accepted_kwargs(mixer: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:

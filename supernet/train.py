@@ -178,7 +178,7 @@ class Trainer:
             used += table.count.to(self.device) if table else 0
         self.share(used)
         norm = clip_grad_norm(self.optimizer, self.options.clip_norm or math.inf, used)
-        self.optimizer.step(used)
+        self.optimizer.step(used=used)
         forget_gradients(self.model, self.optimizer)
         self.report.add_norm(norm)
 

@@ -64,17 +64,18 @@ class Attention(nn.Module):
         past_key_values: object = None,
         use_cache: bool = False,
         *,
-        cu_seqlens: Tensor | None = None,
         angles: tuple[Tensor, Tensor] | None = None,
-        **_: object,
+        **packed: Any,
     ) -> Tensor:
         """(batch, seqlen, hidden_size) to the same.
 
-        attention_mask: a padding mask. past_key_values: a LayerCache, whose tokens these follow.
+        attention_mask, packed: padding and packed sequences, as `packing_of` takes them, which
+        passes over what else a model hands to its attention. past_key_values: a LayerCache, whose
+        tokens these follow.
         """
-        cache = cache_of(self, past_key_values, use_cache, attention_mask, cu_seqlens)
+        cache = cache_of(self, past_key_values, use_cache, attention_mask, packed)
         batch, seqlen, _width = hidden_states.shape
-        packing = packing_of(batch, seqlen, attention_mask, cu_seqlens)
+        packing = None if cache else packing_of(hidden_states, attention_mask, self.left, **packed)
         if angles is None:
             places = torch.arange(seqlen, device=hidden_states.device)
             angles = self.preprocess(cache.step.positions if cache else places).get("angles")

@@ -5,11 +5,15 @@ convolution. Sequences of different lengths grow together, padded on the left: a
 there in its keys and values, and nothing looks at it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .packing import PACKED_KWARGS
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ def cache_of(
     past_key_values: object,
     use_cache: bool,
     attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
+    packed: Mapping[str, Any],
 ) -> LayerCache | None:
     """The cache that a mixer's forward was given. Raises where it cannot be this mixer's."""
     if past_key_values is None and not use_cache:
@@ -160,8 +164,10 @@ def cache_of(
             f"this mixer keeps no cache but tossup's own, of SupernetModel.generate, got {got}; "
             "call it with use_cache=False and past_key_values=None"
         )
-    if attention_mask is not None or cu_seqlens is not None:
-        raise ValueError("a cache knows its padding: pass neither attention_mask nor cu_seqlens")
+    told = [name for name in PACKED_KWARGS if packed.get(name) is not None]
+    if attention_mask is not None or told:
+        name = told[0] if told else "attention_mask"
+        raise ValueError(f"a cache knows its padding, and takes no packed sequences: got {name}")
     if past_key_values.owner not in (None, mixer):
         raise ValueError("a layer's cache belongs to one mixer, got another mixer's")
     past_key_values.owner = mixer

@@ -84,20 +84,20 @@ class Mamba(nn.Module):
         past_key_values: object = None,
         use_cache: bool = False,
         *,
-        cu_seqlens: Tensor | None = None,
         inference_params: Any = None,
-        **_: object,
+        **packed: Any,
     ) -> Tensor:
         """(batch, seqlen, d_model) to the same.
 
-        attention_mask: a padding mask. past_key_values: a LayerCache, whose tokens these follow.
+        attention_mask, packed: padding and packed sequences, as `packing_of` takes them, which
+        passes over what else a model hands to its attention. past_key_values: a LayerCache, whose
+        tokens these follow.
         inference_params: mamba_ssm's, which holds this layer's states under its layer_idx.
         """
         if inference_params is not None:
             return self._with_inference_params(hidden_states, inference_params)
-        cache = cache_of(self, past_key_values, use_cache, attention_mask, cu_seqlens)
-        batch, seqlen, _width = hidden_states.shape
-        packing = cache.step if cache else packing_of(batch, seqlen, attention_mask, cu_seqlens)
+        cache = cache_of(self, past_key_values, use_cache, attention_mask, packed)
+        packing = cache.step if cache else packing_of(hidden_states, attention_mask, None, **packed)
         seq_idx = packing.seq_idx if packing else None
 
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
@@ -269,17 +269,11 @@ class GroupedMamba(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: object = None,
         use_cache: bool = False,
-        *,
-        cu_seqlens: Tensor | None = None,
-        **_: object,
+        **packed: Any,
     ) -> Tensor:
-        """(batch, seqlen, hidden_size) to the same.
-
-        attention_mask: a padding mask. past_key_values: a LayerCache, whose tokens these follow.
-        """
-        cache = cache_of(self, past_key_values, use_cache, attention_mask, cu_seqlens)
-        batch, seqlen, _width = hidden_states.shape
-        packing = cache.step if cache else packing_of(batch, seqlen, attention_mask, cu_seqlens)
+        """(batch, seqlen, hidden_size) to the same; the arguments are those of Mamba."""
+        cache = cache_of(self, past_key_values, use_cache, attention_mask, packed)
+        packing = cache.step if cache else packing_of(hidden_states, attention_mask, None, **packed)
         seq_idx = packing.seq_idx if packing else None
 
         z, x, B, C = self.split(self.in_proj(hidden_states))

@@ -5,23 +5,44 @@ place: `seq_idx` numbers the sequences of a row, and their state starts anew whe
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# What tells where packed sequences begin: Tossup's name, and transformers' two
+PACKED_KWARGS = frozenset({"cu_seqlens", "cu_seq_lens_q", "seq_idx"})
 
 
 @dataclass(frozen=True)
 class Packing:
     """Sequences inside a (batch, seqlen) block of tokens.
 
-    seq_idx: (batch, seqlen) int32; tokens attend within equal numbers only.
-    cu_seqlens: (sequences + 1,) int32, where each packed sequence begins.
-    tokens: flat positions of the tokens that count, in order; None means all of them.
+    seq_idx: (batch, seqlen) integers; tokens of a row see each other while they stay the same.
+    padded: whether 0 stands for padding.
+    bounds: what `cu_seqlens` is, where that is known already.
     """
 
     seq_idx: Tensor
-    cu_seqlens: Tensor
-    tokens: Tensor | None
+    padded: bool
+    bounds: Tensor | None = None
+
+    @cached_property
+    def tokens(self) -> Tensor | None:
+        """Flat positions of the tokens that count, in order; None means all of them."""
+        return self.seq_idx.flatten().nonzero()[:, 0] if self.padded else None
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """(sequences + 1,) int32, where each packed sequence begins."""
+        if self.bounds is not None:
+            return self.bounds
+        rows = torch.arange(len(self.seq_idx), device=self.seq_idx.device)
+        places = torch.stack((rows[:, None].expand_as(self.seq_idx), self.seq_idx), -1)
+        packed = self.pack(places)  # the row and the number of each token
+        begins = (packed.diff(dim=0) != 0).any(1).nonzero()[:, 0] + 1
+        return F.pad(F.pad(begins, (1, 0)), (0, 1), value=len(packed)).int()
 
     def pack(self, x: Tensor) -> Tensor:
         """(batch, seqlen, …) to (total, …)."""
@@ -37,48 +58,100 @@ class Packing:
 
 
 def packing_of(
-    batch: int, seqlen: int, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    left: int | None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    **_: object,
 ) -> Packing | None:
-    """The packing that a padding mask or cumulative lengths describe; None where neither is given.
+    """The sequences in hidden_states (batch, seqlen, …); None where each row is one.
 
     attention_mask: (batch, seqlen), non-zero where a token counts, with padding on either side; or
-        that mask made causal, (batch, 1, seqlen, seqlen), as transformers hands it to attention.
-    cu_seqlens: (sequences + 1,) int32, with a batch of one row that holds all sequences.
+        what transformers hands to attention, (batch or 1, 1, seqlen, seqlen), boolean or 0 where a
+        key is seen: causal, with padding, packed sequences, and windows.
+    left: how many tokens before its own a query of the mixer sees, -1 for all. None is a scan, for
+        which a mask's windows are no matter, and padding has to stand aside.
+    cu_seqlens, cu_seq_lens_q: (sequences + 1,) int32, with a batch of one row of all sequences.
+    seq_idx: (batch, seqlen), the number of each token's sequence.
+    position_ids: of a batch of one row, (1, seqlen): a sequence begins where they do not go on, as
+        transformers' own attention takes them. Of other batches they say nothing.
+    A mask of transformers tells of all that the others do, and goes before them.
+    Raises ValueError where anything has another shape, excludes another, or cannot be followed.
     """
-    if attention_mask is not None and cu_seqlens is not None:
-        raise ValueError("attention_mask and cu_seqlens exclude each other, got both")
-    if cu_seqlens is not None:
+    batch, seqlen = hidden_states.shape[:2]
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        raise ValueError(
+            f"attention_mask must be a tensor, got {type(attention_mask).__name__}: "
+            "attn_implementation='sdpa' makes one"
+        )
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return packing_of_attention(attention_mask, batch, seqlen, left)
+    bounds = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
+    if attention_mask is not None:
+        for name, other in (("cu_seqlens", bounds), ("seq_idx", seq_idx)):
+            if other is not None:
+                raise ValueError(f"attention_mask and {name} exclude each other, got both")
+        return packing_of_padding(attention_mask, batch, seqlen, left)
+    if bounds is not None:
         if batch != 1:
             raise ValueError(f"cu_seqlens goes with a batch of one row, got {batch} rows")
-        positions = torch.arange(seqlen, device=cu_seqlens.device)
-        seq_idx = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
-        return Packing(seq_idx.int()[None], cu_seqlens, None)
-    if attention_mask is None:
-        return None
-    if attention_mask.shape[1:] == (1, seqlen, seqlen):
-        attention_mask = padding_mask_of(attention_mask).expand(batch, -1)
-    if attention_mask.shape != (batch, seqlen):
+        positions = torch.arange(seqlen, device=bounds.device)
+        numbers = torch.searchsorted(bounds[1:].contiguous(), positions, right=True)
+        return Packing(numbers.int()[None], False, bounds)
+    if seq_idx is not None:
+        if seq_idx.shape != (batch, seqlen):
+            raise ValueError(
+                f"seq_idx must be of shape ({batch}, {seqlen}), got {tuple(seq_idx.shape)}"
+            )
+        return Packing(seq_idx.int(), False)
+    if position_ids is not None and batch == 1 and position_ids.shape == (1, seqlen):
+        breaks = F.pad(position_ids.diff(dim=1) != 1, (1, 0))
+        return Packing(breaks.cumsum(1).int(), False) if breaks.any() else None
+    return None
+
+
+def packing_of_padding(mask: Tensor, batch: int, seqlen: int, left: int | None) -> Packing | None:
+    if mask.shape != (batch, seqlen):
         raise ValueError(
             f"attention_mask is a padding mask of shape ({batch}, {seqlen}), "
-            f"got {tuple(attention_mask.shape)}"
+            f"got {tuple(mask.shape)}"
         )
-    mask = attention_mask.bool()
-    lengths = mask.sum(1, dtype=torch.int32)
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    return Packing(mask.int(), cu_seqlens, mask.flatten().nonzero()[:, 0])
+    counts = mask.bool()
+    begins = counts & ~F.pad(counts[:, :-1], (1, 0))
+    whole, holes = torch.stack((counts.all(), (begins.sum(1) > 1).any())).tolist()
+    if holes and left is None:
+        raise ValueError("attention_mask must pad the sides alone: a scan goes on through padding")
+    return None if whole else Packing(counts.int(), True)
 
 
-def padding_mask_of(attention_mask: Tensor) -> Tensor:
-    """The (batch, seqlen) padding mask behind a causal (batch, 1, seqlen, seqlen) one.
-
-    Boolean, or additive with 0 where a key is seen, as transformers makes them. Its last query sees
-    every token that counts. Raises ValueError where a query of a token that counts sees anything
-    but the tokens before it, as in windowed and packed masks.
-    """
-    rows = attention_mask[:, 0]
-    sees = rows if rows.dtype == torch.bool else rows == 0
-    counts = sees[:, -1]
-    causal = torch.ones_like(sees[0]).tril() & counts[:, None]
-    if not torch.equal(sees & counts[..., None], causal & counts[..., None]):
-        raise ValueError("attention_mask is neither a padding mask nor causal with padding")
-    return counts
+def packing_of_attention(mask: Tensor, batch: int, seqlen: int, left: int | None) -> Packing | None:
+    """Of a mask of queries and keys: a sequence begins at each token that does not see the one
+    before it. What that comes to is compared with the whole mask."""
+    if mask.shape[0] not in (1, batch) or mask.shape[1:] != (1, seqlen, seqlen):
+        raise ValueError(
+            f"attention_mask of queries and keys must be ({batch}, 1, {seqlen}, {seqlen}), "
+            f"got {tuple(mask.shape)}"
+        )
+    sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    # A query of padding sees nothing, or in some versions of transformers everything
+    counts = sees.diagonal(dim1=1, dim2=2) & ~F.pad(sees[:, :-1, -1], (0, 1))
+    begins = counts & ~F.pad(sees.diagonal(-1, 1, 2) & counts[:, :-1], (1, 0))
+    numbers = begins.cumsum(1) * counts
+    expected = (numbers[:, :, None] == numbers[:, None, :]).tril()
+    if left is None:
+        wrong = sees & ~expected
+    else:
+        wrong = (sees ^ expected).triu(-left if left >= 0 else -seqlen)
+    whole, wrong_anywhere = torch.stack(
+        ((numbers == 1).all(), (wrong & counts[..., None]).any())
+    ).tolist()
+    if wrong_anywhere:
+        raise ValueError(
+            "attention_mask must be causal, with padding and packed sequences at most"
+            + ("" if left is None else ", and no window that is narrower than the mixer's own")
+        )
+    return None if whole else Packing(numbers.int().expand(batch, -1), True)

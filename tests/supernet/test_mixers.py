@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralRotaryEmbedding
 
@@ -131,8 +133,16 @@ def test_packed_and_padded_sequences_are_those_sequences_alone(kind):
     mixer = MIXERS[kind]()
     sequences = [torch.randn(1, length, 16) for length in (5, 1, 7)]
     alone = [mixer(sequence) for sequence in sequences]
-    packed = mixer(torch.cat(sequences, 1), cu_seqlens=torch.tensor([0, 5, 6, 13]).int())
-    close(packed, torch.cat(alone, 1))
+    bounds = torch.tensor([0, 5, 6, 13]).int()
+    numbers = torch.tensor([0, 1, 2]).repeat_interleave(bounds.diff())
+    places = torch.cat([torch.arange(n) for n in bounds.diff().tolist()])[None]
+    flattened = {"cu_seq_lens_q": bounds, "seq_idx": numbers[None], "position_ids": places}
+    causal = ((numbers[:, None] == numbers) & torch.ones(13, 13).tril().bool())[None, None]
+    told = [{name: value} for name, value in flattened.items()]
+    told += [{"cu_seqlens": bounds}, flattened, {"attention_mask": causal}]
+    told += [{"attention_mask": causal, **flattened}]  # as transformers' collator and sdpa
+    for packed in told:
+        close(mixer(torch.cat(sequences, 1), **packed), torch.cat(alone, 1))
     for side in ("left", "right"):
         pad = [(7 - s.shape[1], 0) if side == "left" else (0, 7 - s.shape[1]) for s in sequences]
         both = list(zip(sequences, pad, strict=True))
@@ -157,13 +167,70 @@ def test_what_a_mixer_cannot_do_it_says(kind):
             mixer(x, past_key_values=cache, use_cache=True)
     with pytest.raises(ValueError, match=r"padding mask of shape \(2, 4\), got \(2, 5\)"):
         mixer(x, attention_mask=torch.ones(2, 5))
-    window = torch.ones(4, 4, dtype=torch.bool).tril().triu(-1)
-    with pytest.raises(ValueError, match="neither a padding mask nor causal with padding"):
-        mixer(x, attention_mask=window.expand(2, 1, 4, 4))
+    with pytest.raises(ValueError, match=r"must be \(2, 1, 4, 4\), got \(2, 1, 1, 4\)"):
+        mixer(x, attention_mask=torch.ones(2, 1, 1, 4))
+    both_ways = torch.ones(2, 1, 4, 4)
+    both_ways[1, 0, 1:3, 1:3] = 0
+    for mask in (torch.ones(2, 1, 4, 4), both_ways, torch.ones(2, 1, 4, 4).tril(1)):
+        with pytest.raises(ValueError, match="must be causal, with padding and packed"):
+            mixer(x, attention_mask=mask.bool())
+    block_mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 4, 4, "cpu")
+    with pytest.raises(ValueError, match="must be a tensor, got BlockMask: attn_implementation"):
+        mixer(x, attention_mask=block_mask)
     with pytest.raises(ValueError, match="batch of one row, got 2 rows"):
         mixer(x, cu_seqlens=torch.tensor([0, 4]).int())
-    with pytest.raises(ValueError, match="exclude each other"):
-        mixer(x[:1], attention_mask=torch.ones(1, 4), cu_seqlens=torch.tensor([0, 4]).int())
+    with pytest.raises(ValueError, match=r"seq_idx must be of shape \(2, 4\), got \(1, 4\)"):
+        mixer(x, seq_idx=torch.zeros(1, 4))
+    for name, value in (("cu_seqlens", [0, 4]), ("cu_seq_lens_q", [0, 4]), ("seq_idx", [[0] * 4])):
+        with pytest.raises(ValueError, match="exclude each other"):
+            mixer(x[:1], attention_mask=torch.ones(1, 4), **{name: torch.tensor(value).int()})
+
+
+def windowed(seqlen: int, left: int) -> Tensor:
+    return torch.ones(1, 1, seqlen, seqlen, dtype=torch.bool).tril().triu(-left)
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_a_masks_window_is_attentions_own(kind):
+    """Layers with windows hand them to their mixers: a scan has none, attention checks it."""
+    torch.manual_seed(0)
+    mixer, x = MIXERS[kind](), torch.randn(2, 6, 16)
+    if kind == "attention":
+        for left in (1, 2, 4):
+            with pytest.raises(ValueError, match="no window that is narrower than the mixer's own"):
+                mixer(x, attention_mask=windowed(6, left))
+    followed = {"attention": (5,), "window": (5, 3, 2)}
+    for left in followed.get(kind, (5, 3, 2, 1)):
+        close(mixer(x, attention_mask=windowed(6, left)), mixer(x))
+    if kind == "window":
+        with pytest.raises(ValueError, match="no window that is narrower than the mixer's own"):
+            mixer(x, attention_mask=windowed(6, 1))
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_padding_within_a_sequence(kind):
+    """Attention passes over it; a scan cannot, and says so."""
+    torch.manual_seed(0)
+    mixer, x = MIXERS[kind](), torch.randn(1, 6, 16)
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1]])
+    if kind.startswith("mamba"):
+        with pytest.raises(ValueError, match="must pad the sides alone: a scan goes on"):
+            mixer(x, attention_mask=mask)
+    elif kind == "attention":
+        mixer.rope_theta = None
+        close(mixer(x, attention_mask=mask)[mask.bool()], mixer(x[mask.bool()][None])[0])
+
+
+def test_padding_that_sees_everything_is_padding_still():
+    """As some versions of transformers let it, for torch's memory-efficient attention."""
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 6, 16), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    seen = (mask[:, None, None] * torch.ones(6, 6).tril()).bool()
+    seen[0, 0, :2] = True
+    for make in MIXERS.values():
+        mixer = make()
+        found, expected = mixer(x, attention_mask=seen), mixer(x, attention_mask=mask)
+        close(found[mask.bool()], expected[mask.bool()])
 
 
 def test_flops_count_what_runs():

@@ -92,7 +92,7 @@ def test_skip_is_one_adamw_per_mixer_stepped_when_used(probability, unused_gradi
         if unused_gradients == "none":
             for param in everything(params):
                 param.grad = None if param.grad.isnan().any() else param.grad
-        optimizer.step(used)
+        optimizer.step(used=used)
         for gate, plain in oracles.items():
             if is_used(gate, used):
                 plain.param_groups[0]["lr"] = scheduler.get_last_lr()[0]
@@ -130,7 +130,7 @@ def test_skip_is_the_paper_s_algorithm():
                         expected[p], moments[p], p.grad, OPTIONS["lr"], counts[gate]
                     )
         poison_unused(params, used)
-        optimizer.step(used)
+        optimizer.step(used=used)
     for param, value in expected.items():
         torch.testing.assert_close(param.data, value, rtol=1e-12, atol=1e-12)
 
@@ -140,13 +140,13 @@ def test_an_unused_mixer_keeps_every_bit(dtype):
     params = make_params(dtype)
     optimizer = GatedAdamW(groups_of(params), **OPTIONS | {"lr": 0.1})  # beyond bfloat16's rounding
     set_gradients(params, 0)
-    optimizer.step(torch.ones(LAYERS, MIXERS, dtype=torch.int32))
+    optimizer.step(used=torch.ones(LAYERS, MIXERS, dtype=torch.int32))
     before = copy.deepcopy(optimizer.state_dict()["state"]), copy.deepcopy(params)
     used = torch.zeros(LAYERS, MIXERS, dtype=torch.int32)
     used[1, 0] = 5  # a count, not a flag
     set_gradients(params, 1)
     poison_unused(params, used)
-    optimizer.step(used)
+    optimizer.step(used=used)
     number = 0
     for gate, tensors in params.items():
         for now, then in zip(tensors, before[1][gate], strict=True):
@@ -175,7 +175,7 @@ def test_decay_is_adamw_fed_zero_gradients(unused_gradients):
         rate = schedule(step)
         for group in (*optimizer.param_groups, *plain.param_groups):
             group["lr"] = rate
-        optimizer.step(used)
+        optimizer.step(used=used)
         plain.step()
     for ours, theirs in zip(everything(params), everything(oracle), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -208,7 +208,7 @@ def test_groups_have_their_own_options_and_dtypes():
     for step in range(5):
         set_gradients(params, step)
         set_gradients(oracle, step)
-        optimizer.step(torch.ones(LAYERS, MIXERS))
+        optimizer.step(used=torch.ones(LAYERS, MIXERS))
         reference.step()
     for ours, theirs in zip(everything(params), everything(oracle), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -222,7 +222,7 @@ def test_two_dtypes_in_one_group():
     oracles = [GatedAdamW([param], **OPTIONS) for param in alone]
     for param in (*params, *alone):
         param.grad = torch.ones_like(param)
-    optimizer.step(torch.ones(1, 1))
+    optimizer.step(used=torch.ones(1, 1))
     for param, twin, oracle in zip(params, alone, oracles, strict=True):
         oracle.step()
         assert torch.equal(param, twin)
@@ -240,7 +240,7 @@ def test_a_tensor_learning_rate_is_read_at_every_step():
             group["lr"] = 2.0**-step / 64
         for tensors, stepped in ((params, optimizer), (twins, plain)):
             set_gradients(tensors, step)
-            stepped.step(used)
+            stepped.step(used=used)
     for ours, theirs in zip(everything(params), everything(twins), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
@@ -252,7 +252,7 @@ def test_resuming_continues_bit_for_bit(inactive):
             used = random_used(torch.Generator().manual_seed(step), 0.5)
             set_gradients(params, step)
             clip_grad_norm(optimizer, 1.0, used)
-            optimizer.step(used)
+            optimizer.step(used=used)
 
     straight = make_params()
     whole = GatedAdamW(groups_of(straight), **OPTIONS, inactive=inactive)
@@ -267,7 +267,7 @@ def test_resuming_continues_bit_for_bit(inactive):
     resumed, state = torch.load(file, weights_only=False)
     again = GatedAdamW(groups_of(resumed), lr=1.0, inactive="skip")
     set_gradients(resumed, 99)
-    again.step(torch.zeros(LAYERS, MIXERS))  # so that a stale grouping would show
+    again.step(used=torch.zeros(LAYERS, MIXERS))  # so that a stale grouping would show
     resumed_values = zip(everything(resumed), everything(params), strict=True)
     for param, value in resumed_values:
         param.data.copy_(value.data)
@@ -283,12 +283,12 @@ def test_a_copied_optimizer_steps_its_own_parameters():
     params = make_params()
     optimizer = GatedAdamW(groups_of(params), **OPTIONS)
     set_gradients(params, 0)
-    optimizer.step(torch.ones(LAYERS, MIXERS))
+    optimizer.step(used=torch.ones(LAYERS, MIXERS))
     before = copy.deepcopy(params)
     copied = copy.deepcopy(optimizer)
     for param in (p for group in copied.param_groups for p in group["params"]):
         param.grad = torch.ones_like(param)
-    copied.step(torch.ones(LAYERS, MIXERS))
+    copied.step(used=torch.ones(LAYERS, MIXERS))
     for ours, theirs in zip(everything(params), everything(before), strict=True):
         assert torch.equal(ours, theirs)
     assert not torch.equal(copied.param_groups[0]["params"][0], before[None][0])
@@ -363,7 +363,7 @@ def test_a_step_reads_nothing_on_the_host(mode, inactive):
         used = torch.ones(LAYERS, MIXERS, dtype=torch.int32)
         for _ in range(2):
             clip_grad_norm(optimizer, 1.0, used)
-            optimizer.step(used)
+            optimizer.step(used=used)
 
 
 class Calls(TorchDispatchMode):
@@ -387,7 +387,7 @@ def test_a_gate_costs_one_fused_call_and_no_other():
         optimizer = GatedAdamW(groups_of({gate: params[gate] for gate in gates}))
         with Calls() as calls:
             clip_grad_norm(optimizer, 1.0, torch.ones(LAYERS, MIXERS))
-            optimizer.step(torch.ones(LAYERS, MIXERS))
+            optimizer.step(used=torch.ones(LAYERS, MIXERS))
         assert calls.names.pop("_fused_adamw_") == len(gates)
         counts.append(calls.names)
     assert counts[0] == counts[1]
@@ -398,7 +398,7 @@ def test_state_exists_before_the_first_step():
     optimizer = GatedAdamW(groups_of(params))
     addresses = {p: optimizer.state[p]["exp_avg"].data_ptr() for p in everything(params)}
     set_gradients(params, 0)
-    optimizer.step(torch.ones(LAYERS, MIXERS))
+    optimizer.step(used=torch.ones(LAYERS, MIXERS))
     for param, address in addresses.items():
         assert optimizer.state[param]["exp_avg"].data_ptr() == address
 
@@ -427,7 +427,8 @@ def test_wrong_gates(gate):
 
 def test_wrong_used():
     optimizer = GatedAdamW(groups_of(make_params()))
-    for call in (optimizer.step, lambda used: clip_grad_norm(optimizer, 1.0, used)):
+    step = lambda used: optimizer.step(used=used)  # noqa: E731
+    for call in (step, lambda used: clip_grad_norm(optimizer, 1.0, used)):
         with pytest.raises(ValueError, match="used is None, but parameters have gates"):
             call(None)
         with pytest.raises(
@@ -469,4 +470,4 @@ def test_groups_put_each_mixers_parameters_behind_its_gate():
         if parameter.requires_grad:
             expected[parameter] = (gate, 0.0 if undecayed else 0.3)
     assert found == expected
-    GatedAdamW(groups).step(torch.ones(2, 2))
+    GatedAdamW(groups).step(used=torch.ones(2, 2))
