@@ -29,6 +29,20 @@ def resolve_impl(impl: Impl, device: torch.device) -> Backend:
     raise ValueError(f"{source} must be auto, triton, cpu or reference, got {chosen!r}")
 
 
+def resolve_for(impl: Impl, first: torch.Tensor, *others: torch.Tensor | None) -> Backend:
+    """Name the implementation for an op's tensors.
+
+    Raises ValueError where they are not all on one device: torch would take what only describes a
+    result, as for meta tensors, and return memory that nobody wrote.
+    """
+    for tensor in others:
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(
+                f"all tensors must be on one device, got {first.device} and {tensor.device}"
+            )
+    return resolve_impl(impl, first.device)
+
+
 def load_backend(package: str, impl: str) -> ModuleType:
     """The `cpu.py` or `kernel.py` of an op's folder, imported where it first runs.
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backend import Impl, resolve_impl
+from ..backend import Impl, resolve_for
 from ..flags import check_written
 from ..routing import Route
 from .reference import accumulate_reference
@@ -50,12 +50,12 @@ def accumulate_into(
     check_written(written)
     if not totals:
         return
-    chosen = resolve_impl(impl, totals[0].device)
+    count = None if route is None else route.count
+    chosen = resolve_for(impl, *totals, *gradients, written, count)
     with torch.no_grad():
         if chosen == "reference":
             accumulate_reference(totals, gradients, written, route)
             return
         from .ops import accumulate_into_op
 
-        count = None if route is None else route.count
         accumulate_into_op(list(totals), list(gradients), written, count, chosen)

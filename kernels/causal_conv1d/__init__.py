@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..backend import Impl, resolve_impl
+from ..backend import Impl, resolve_for
 from ..routing import Route, put, take, tensors_of
 from .reference import causal_conv1d_reference
 
@@ -47,24 +47,17 @@ def causal_conv1d(
     Raises ValueError where a shape, a dtype or the activation is not as above.
     """
     check(x, weight, bias, initial_state, seq_idx, activation)
-    chosen = resolve_impl(impl, x.device)
+    tensors = (x, weight, bias, initial_state, seq_idx)
+    routed = tensors_of(route, x.shape[0])
+    chosen = resolve_for(impl, *tensors, *routed)
     if chosen == "reference":
-        before, index = (t if t is None else take(route, t) for t in (initial_state, seq_idx))
+        before, index = (take(route, t) for t in (initial_state, seq_idx))
         rows = causal_conv1d_reference(take(route, x), weight, bias, before, index, activation)
         out, final_state = (put(route, r, len(x)) for r in rows)
     else:
         from .ops import causal_conv1d_op
 
-        out, final_state = causal_conv1d_op(
-            x,
-            weight,
-            bias,
-            initial_state,
-            seq_idx,
-            *tensors_of(route, x.shape[0]),
-            activation,
-            chosen,
-        )
+        out, final_state = causal_conv1d_op(*tensors, *routed, activation, chosen)
     return (out, final_state) if return_final_state else out
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backend import Impl, resolve_impl
+from ..backend import Impl, resolve_for
 from ..routing import Route, put, take, tensors_of
 from .reference import causal_conv1d_update_reference
 
@@ -42,13 +42,14 @@ def causal_conv1d_update(
     Raises ValueError where a shape, a dtype or the activation is not as above.
     """
     check(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
-    chosen = resolve_impl(impl, x.device)
+    routed = tensors_of(route, x.shape[0])
+    chosen = resolve_for(
+        impl, x, conv_state, weight, bias, cache_seqlens, conv_state_indices, *routed
+    )
     tokens = x if x.ndim == 3 else x.unsqueeze(1)
     with torch.no_grad():
         if chosen == "reference":
-            first, entries = (
-                None if t is None else take(route, t) for t in (cache_seqlens, conv_state_indices)
-            )
+            first, entries = (take(route, t) for t in (cache_seqlens, conv_state_indices))
             if entries is None:
                 entries = take(route, torch.arange(len(x), device=x.device))
             rows = take(route, tokens)
@@ -61,7 +62,7 @@ def causal_conv1d_update(
 
             out = causal_conv1d_update_op(
                 tokens, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices,
-                *tensors_of(route, x.shape[0]), chosen,
+                *routed, chosen,
             )  # fmt: skip
     return out if x.ndim == 3 else out.squeeze(1)
 

@@ -13,7 +13,7 @@ The backward needs no more than L to rebuild the softmax P = exp(S − L) (algor
 import torch
 from torch import Tensor
 
-from ..backend import Impl, resolve_impl
+from ..backend import Impl, resolve_for
 from ..routing import Route, tensors_of
 from .reference import flash_attention_reference
 
@@ -107,7 +107,10 @@ def flash_attention(
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
 
-    impl = resolve_impl(impl, q.device)
+    routed = tensors_of(route, batch_of(q, cu_seqlens_q))
+    impl = resolve_for(
+        impl, q, k, v, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k, *routed
+    )
     if impl == "reference":
         out, lse = flash_attention_reference(
             q, k, v, left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed,
@@ -119,7 +122,7 @@ def flash_attention(
         out, lse = flash_attention_op(
             q, k, v, left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed,
             cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            *tensors_of(route, batch_of(q, cu_seqlens_q)), impl,
+            *routed, impl,
         )  # fmt: skip
     return (out, lse) if return_lse else out
 

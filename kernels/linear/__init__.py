@@ -7,7 +7,7 @@ dW = Σ dyᵀ x over the tokens of the active samples.
 import torch
 from torch import Tensor
 
-from ..backend import Impl, resolve_impl
+from ..backend import Impl, resolve_for
 from ..flags import check_written
 from ..routing import Route, rows_of, take, tensors_of
 from .reference import gradients, linear_reference, products
@@ -37,12 +37,13 @@ def linear(
     Raises ValueError where a shape or a dtype is not as above.
     """
     check(x, weight, bias)
-    chosen = resolve_impl(impl, x.device)
+    routed = tensors_of(route, x.shape[0])
+    chosen = resolve_for(impl, x, weight, bias, *routed)
     if chosen == "reference":
         return linear_reference(x, weight, bias, route)
     from .ops import linear_op
 
-    return linear_op(x, weight, bias, *tensors_of(route, x.shape[0]), chosen)
+    return linear_op(x, weight, bias, *routed, chosen)
 
 
 def linear_into(
@@ -65,16 +66,17 @@ def linear_into(
     """
     check(x, weight, bias)
     check_shapes(out=(out, (*x.shape[:2], len(weight))))
-    chosen = resolve_impl(impl, x.device)
+    routed = tensors_of(route, x.shape[0])
+    chosen = resolve_for(impl, out, x, weight, bias, *routed)
     with torch.no_grad():
         if chosen == "reference":
-            rows = slice(None) if route is None else rows_of(route.count, route.samples)
+            rows = rows_of(*routed)
             values = products(take(route, x), weight, bias)
             out[rows] = (values + out[rows] if accumulate else values).to(out.dtype)
             return
         from .ops import linear_into_op
 
-        linear_into_op(out, x, weight, bias, accumulate, *tensors_of(route, x.shape[0]), chosen)
+        linear_into_op(out, x, weight, bias, accumulate, *routed, chosen)
 
 
 def weight_gradient_into(
@@ -109,14 +111,13 @@ def weight_gradient_into(
         )
     check_shapes(grad=(grad, (dout.shape[2], x.shape[2])), bias_grad=(bias_grad, (dout.shape[2],)))
     check_written(written)
-    chosen = resolve_impl(impl, x.device)
+    tensors, routed = (grad, dout, x, bias_grad, written), tensors_of(route, x.shape[0])
+    chosen = resolve_for(impl, *tensors, *routed)
     with torch.no_grad():
         if chosen != "reference":
             from .ops import linear_weight_gradient_into_op
 
-            linear_weight_gradient_into_op(
-                grad, dout, x, bias_grad, written, *tensors_of(route, x.shape[0]), chosen
-            )
+            linear_weight_gradient_into_op(*tensors, *routed, chosen)
             return
         dout, x = take(route, dout), take(route, x)
         if x.shape[0] * x.shape[1] == 0:

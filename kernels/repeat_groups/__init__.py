@@ -8,7 +8,7 @@ The gradient of a channel is the sum over its copies'.
 
 from torch import Tensor
 
-from ..backend import Impl, resolve_impl
+from ..backend import Impl, resolve_for
 from ..routing import Route, tensors_of
 from .reference import repeat_groups_reference
 
@@ -30,12 +30,13 @@ def repeat_groups(
     Raises ValueError where a shape, a dtype or a number is not as above.
     """
     check(x, group, repeats)
-    impl = resolve_impl(impl, x.device)
+    routed = tensors_of(route, x.shape[0])
+    impl = resolve_for(impl, x, *routed)
     if impl == "reference":
         return repeat_groups_reference(x, group, repeats, route)
     from .ops import repeat_groups_op
 
-    return repeat_groups_op(x, group, repeats, *tensors_of(route, x.shape[0]), impl)
+    return repeat_groups_op(x, group, repeats, *routed, impl)
 
 
 def check(x: Tensor, group: int, repeats: int) -> None:

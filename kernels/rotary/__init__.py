@@ -12,7 +12,7 @@ channel i + rotary_dim / 2. The backward is the rotation by the opposite angle.
 import torch
 from torch import Tensor
 
-from ..backend import Impl, resolve_impl
+from ..backend import Impl, resolve_for
 from ..routing import Route, tensors_of
 from .reference import rotary_reference
 
@@ -58,12 +58,13 @@ def rotary(
     Raises ValueError where shapes or dtypes are not as above.
     """
     check_tensors(x, cos, sin)
-    impl = resolve_impl(impl, x.device)
+    routed = tensors_of(route, x.shape[0])
+    impl = resolve_for(impl, x, cos, sin, *routed)
     if impl == "reference":
         return rotary_reference(x, cos, sin, interleaved, route)
     from .ops import rotary_op
 
-    return rotary_op(x, cos, sin, interleaved, *tensors_of(route, x.shape[0]), impl)
+    return rotary_op(x, cos, sin, interleaved, *routed, impl)
 
 
 def check_tensors(x: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -1,9 +1,12 @@
 """A route: one layer's, one mixer's view of the mixer table."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+MaybeT = TypeVar("MaybeT", Tensor, Tensor | None)
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,11 @@ def snapshot(count: Tensor | None, samples: Tensor | None) -> tuple[Tensor | Non
     return (None, None) if count is None or samples is None else (count.clone(), samples.clone())
 
 
-def take(route: Route | None, tensor: Tensor) -> Tensor:
-    """The route's samples of a (batch, …) tensor; all of them where there is no route."""
-    return tensor[rows_of(*tensors_of(route, tensor.shape[0]))] if route is not None else tensor
+def take(route: Route | None, tensor: MaybeT) -> MaybeT:
+    """The route's samples of a (batch, …) tensor, if there is one; all of them without a route."""
+    if route is None or tensor is None:
+        return tensor
+    return tensor[rows_of(*tensors_of(route, tensor.shape[0]))]
 
 
 def put(route: Route | None, rows: Tensor, batch: int) -> Tensor:

@@ -12,7 +12,7 @@ This is their equation 2 with the discretisation of section 3.6: A by zero-order
 import torch
 from torch import Tensor
 
-from ..backend import Impl, resolve_impl
+from ..backend import Impl, resolve_for
 from ..routing import Route, put, take, tensors_of
 from .reference import selective_scan_reference
 
@@ -64,12 +64,13 @@ def selective_scan(
     states.
     """
     check(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
-    chosen = resolve_impl(impl, u.device)
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
+    routed = tensors_of(route, u.shape[0])
+    chosen = resolve_for(impl, *tensors, *routed)
     if chosen == "reference":
-        x, step = take(route, u), take(route, delta)
         b, c = (w if w.ndim == 2 else take(route, w) for w in (B, C))
-        taken = (w if w is None else take(route, w) for w in (z, initial_state, seq_idx))
-        gate, first, index = taken
+        x, step = (take(route, t) for t in (u, delta))
+        gate, first, index = (take(route, t) for t in (z, initial_state, seq_idx))
         rows = selective_scan_reference(
             x, step, A, b, c, D, gate, delta_bias, delta_softplus, first, index
         )
@@ -77,10 +78,7 @@ def selective_scan(
     else:
         from .ops import selective_scan_op
 
-        out, final_state, _ = selective_scan_op(
-            u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx,
-            *tensors_of(route, u.shape[0]), delta_softplus, chosen,
-        )  # fmt: skip
+        out, final_state, _ = selective_scan_op(*tensors, *routed, delta_softplus, chosen)
     return (out, final_state) if return_final_state else out
 
 

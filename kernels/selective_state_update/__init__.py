@@ -7,7 +7,7 @@ out = (<C, state> + D x) silu(z)
 import torch
 from torch import Tensor
 
-from ..backend import Impl, resolve_impl
+from ..backend import Impl, resolve_for
 from ..routing import Route, put, rows_of, take, tensors_of
 from .reference import selective_state_update_reference
 
@@ -46,20 +46,17 @@ def selective_state_update(
     Raises ValueError where a shape or a dtype is not as above.
     """
     check(state, x, dt, A, B, C, D, z, dt_bias)
-    chosen = resolve_impl(impl, x.device)
+    tensors, routed = (state, x, dt, A, B, C, D, z, dt_bias), tensors_of(route, x.shape[0])
+    chosen = resolve_for(impl, *tensors, *routed)
     with torch.no_grad():
         if chosen != "reference":
             from .ops import selective_state_update_op
 
-            return selective_state_update_op(
-                state, x, dt, A, B, C, D, z, dt_bias, dt_softplus,
-                *tensors_of(route, x.shape[0]), chosen,
-            )  # fmt: skip
-        rows = slice(None) if route is None else rows_of(route.count, route.samples)
+            return selective_state_update_op(*tensors, dt_softplus, *routed, chosen)
+        rows = rows_of(*routed)
         before, token, step, b, c = (take(route, t) for t in (state, x, dt, B, C))
-        gate = None if z is None else take(route, z)
         out, after = selective_state_update_reference(
-            before, token, step, A, b, c, D, gate, dt_bias, dt_softplus
+            before, token, step, A, b, c, D, take(route, z), dt_bias, dt_softplus
         )
         state[rows] = after
         return put(route, out, len(x))

@@ -15,10 +15,12 @@ from torch import Tensor
 from tests.support import EXACT, every_backend, every_impl, far_apart, only_triton, route_of, seeded
 from tossup.kernels.backend import load_backend, resolve_impl
 from tossup.kernels.causal_conv1d import causal_conv1d
+from tossup.kernels.causal_conv1d_update import causal_conv1d_update
 from tossup.kernels.flash_attention import flash_attention
 from tossup.kernels.linear import linear
 from tossup.kernels.repeat_groups import repeat_groups
 from tossup.kernels.rotary import rotary, rotary_angles
+from tossup.kernels.routing import Route
 from tossup.kernels.selective_scan import selective_scan
 from tossup.kernels.selective_state_update import selective_state_update
 
@@ -321,6 +323,39 @@ def test_launches_go_to_the_device_of_the_tensors(op, monkeypatch):
     x = random(2, 5, DIM)
     results_and_gradient(op, x, impl="cpu")
     assert len(entered) == 2 and all(tensor.device == x.device for tensor in entered)
+
+
+def tensors_of_ops():
+    x, heads = torch.zeros(2, 5, DIM), torch.zeros(2, 5, 2, 4)
+    rates, states, channels = torch.zeros(DIM, 4), torch.zeros(2, 5, 1, 4), torch.zeros(DIM)
+    taps, angles = torch.zeros(DIM, 4), torch.zeros(5, 2)
+    return {
+        flash_attention: (heads, heads, heads),
+        selective_scan: (x, x, rates, states, states, channels, x, channels),
+        causal_conv1d: (x, taps, channels),
+        rotary: (heads, angles, angles),
+        linear: (x, torch.zeros(6, DIM), torch.zeros(6)),
+        selective_state_update: (
+            torch.zeros(2, DIM, 4), x[:, 0], x[:, 0], rates, states[:, 0], states[:, 0], channels,
+            x[:, 0], channels,
+        ),
+        causal_conv1d_update: (x[:, 0], torch.zeros(2, 3, DIM), taps, channels),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("op", tensors_of_ops(), ids=lambda op: op.__name__)
+def test_a_tensor_on_another_device_is_refused(op, impl):
+    """torch describes a result that a meta tensor goes into, and returns memory nobody wrote."""
+    tensors, route = tensors_of_ops()[op], route_of(0, 1, batch=2)
+    op(*tensors, route=route, impl=impl)
+    for place, tensor in enumerate(tensors):
+        others = [*tensors[:place], tensor.to("meta"), *tensors[place + 1 :]]
+        with pytest.raises(ValueError, match=r"on one device, got (cpu and meta|meta and cpu)"):
+            op(*others, route=route, impl=impl)
+    away = Route(route.count.to("meta"), route.samples.to("meta"))
+    with pytest.raises(ValueError, match="on one device, got cpu and meta"):
+        op(*tensors, route=away, impl=impl)
 
 
 def test_implementations_are_chosen_by_argument_then_variable_then_device(monkeypatch):
