@@ -24,6 +24,7 @@ from ..kernels.accumulate import accumulate_into
 from ..kernels.backend import Backend, resolve_impl
 from ..kernels.linear import linear_into, weight_gradient_into
 from ..kernels.routing import Route
+from .mixers.mamba import StepProjection
 
 ALIGNMENT = 128  # bytes: a cache line, and more than any vector load or copy engine asks for
 
@@ -47,7 +48,8 @@ class RoutedMixer(Protocol):
         """The parameters that the passes read, None where it was made without one: all it has."""
 
 
-PLAIN = {nn.Linear, nn.Conv1d}  # modules whose tensors the passes read, without calling them
+# Modules whose tensors the passes read, without calling them
+PLAIN = {nn.Linear, nn.Conv1d, StepProjection}
 
 
 def check_routed(name: str, mixer: nn.Module) -> None:

@@ -25,7 +25,7 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
     """Zeros (first_axis_dim, …) with values at the distinct indices. Differentiable."""
     zeros = values.new_zeros((first_axis_dim, *values.shape[1:]))
-    return zeros.index_copy(0, indices, values)
+    return zeros.index_copy(0, indices.long(), values)
 
 
 def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -107,7 +107,7 @@ def check(
     states = A.shape[1]
     for name, tensor in (("B", B), ("C", C)):
         wanted = (batch, seqlen, tensor.shape[2] if tensor.ndim == 4 else 0, states)
-        if tensor.shape == A.shape:
+        if tensor.ndim == 2 and tensor.shape == A.shape:
             continue
         if tensor.shape != wanted or wanted[2] == 0 or dim % wanted[2] != 0:
             raise ValueError(

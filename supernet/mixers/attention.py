@@ -47,6 +47,11 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, hidden_size, bias=False)
 
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as those that were made on the meta device have to be."""
+        for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            layer.reset_parameters()
+
     def preprocess(self, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Rotary angles: the same in every layer, so computed once per forward.
 

@@ -6,7 +6,7 @@ keys and values of grouped-query attention, and the time step has a projection o
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,43 @@ from .products import products_of
 if TYPE_CHECKING:
     from ...autotune.workloads import Workload
     from ..device_dispatch import Layout, Run
+
+
+class StepSizes(NamedTuple):
+    """How step sizes begin. init: of the weights, "random" or "constant"; scale: a factor on them.
+
+    softplus(bias) is log-uniform from least to most, and at least floor.
+    """
+
+    least: float
+    most: float
+    init: str
+    scale: float
+    floor: float
+
+
+class StepProjection(nn.Linear):
+    """The projection to step sizes, a Linear that begins in its own way."""
+
+    def __init__(self, rank: int, channels: int, bias: bool, steps: StepSizes, **where: Any):
+        if steps.init not in ("random", "constant"):
+            raise ValueError(f"dt_init takes random or constant, got {steps.init!r}")
+        self.steps = steps
+        super().__init__(rank, channels, bias=bias, **where)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A weight that keeps variance, and a bias whose softplus is as StepSizes has it."""
+        least, most, init, scale, floor = self.steps
+        std = self.in_features**-0.5 * scale
+        if init == "constant":
+            nn.init.constant_(self.weight, std)
+        else:
+            nn.init.uniform_(self.weight, -std, std)
+        if self.bias is not None:
+            low, high = math.log(least), math.log(most)
+            dt = (torch.rand(self.out_features) * (high - low) + low).exp().clamp(min=floor)
+            self.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus, inverted
 
 
 class Mamba(nn.Module):
@@ -71,11 +108,16 @@ class Mamba(nn.Module):
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **where)
         self.conv1d = depthwise_conv(self.d_inner, d_conv, conv_bias, **where)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **where)
-        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True, **where)
-        self.A_log = nn.Parameter(s4d_real(self.d_inner, d_state, device))
-        self.D = nn.Parameter(torch.ones(self.d_inner, device=device))
+        steps = StepSizes(dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+        self.dt_proj = StepProjection(self.dt_rank, self.d_inner, True, steps, **where)
+        self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state, device=device))
+        self.D = nn.Parameter(torch.empty(self.d_inner, device=device))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **where)
-        init_dt(self.dt_proj, dt_init, dt_scale, dt_min, dt_max, dt_init_floor)
+        init_states(self)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as those that were made on the meta device have to be."""
+        reset_parameters(self)
 
     def forward(
         self,
@@ -255,13 +297,18 @@ class GroupedMamba(nn.Module):
         self.repeat_kv_before_conv = repeat_kv_before_conv
         self.in_proj = nn.Linear(hidden_size, 2 * self.d_inner + 2 * self.d_xb, bias=bias)
         self.dt_in_proj = nn.Linear(hidden_size, self.dt_rank, bias=bias)
-        self.dt_proj = nn.Linear(self.dt_rank, d_inner, bias=dt_proj_bias)
+        steps = StepSizes(dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+        self.dt_proj = StepProjection(self.dt_rank, d_inner, dt_proj_bias, steps)
         channels = self.d_inner if repeat_kv_before_conv else self.d_xb
         self.conv1d = depthwise_conv(channels, d_conv, conv_bias)
-        self.A_log = nn.Parameter(s4d_real(self.d_inner, state_size, None))
-        self.D = nn.Parameter(torch.ones(self.d_inner))
+        self.A_log = nn.Parameter(torch.empty(self.d_inner, state_size))
+        self.D = nn.Parameter(torch.empty(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, hidden_size, bias=bias)
-        init_dt(self.dt_proj, dt_init, dt_scale, dt_min, dt_max, dt_init_floor)
+        init_states(self)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as those that were made on the meta device have to be."""
+        reset_parameters(self)
 
     def forward(
         self,
@@ -397,28 +444,19 @@ def depthwise_conv(channels: int, taps: int, bias: bool, **where: Any) -> nn.Con
     return nn.Conv1d(channels, channels, taps, groups=channels, bias=bias, **where)
 
 
-def s4d_real(d_inner: int, d_state: int, device: torch.device | str | None) -> Tensor:
-    """log(1 … d_state) for every channel, float32 (Gu et al. 2022, S4D-Real)."""
-    states = torch.arange(1, d_state + 1, dtype=torch.float32, device=device)
-    return states.log().repeat(d_inner, 1)
-
-
 @torch.no_grad()
-def init_dt(
-    dt_proj: nn.Linear, init: str, scale: float, dt_min: float, dt_max: float, floor: float
-) -> None:
-    """A weight that keeps variance, and a bias whose softplus is log-uniform, dt_min to dt_max."""
-    std = dt_proj.in_features**-0.5 * scale
-    if init == "constant":
-        nn.init.constant_(dt_proj.weight, std)
-    elif init == "random":
-        nn.init.uniform_(dt_proj.weight, -std, std)
-    else:
-        raise ValueError(f"dt_init takes random or constant, got {init!r}")
-    if dt_proj.bias is not None:
-        low, high = math.log(dt_min), math.log(dt_max)
-        dt = (torch.rand(dt_proj.out_features) * (high - low) + low).exp().clamp(min=floor)
-        dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus, inverted
+def init_states(mixer: Mamba | GroupedMamba) -> None:
+    """A of -1 … -d_state in every channel (Gu et al. 2022, S4D-Real), and D of ones."""
+    states = torch.arange(1, mixer.d_state + 1, dtype=torch.float32, device=mixer.A_log.device)
+    mixer.A_log.copy_(states.log().expand_as(mixer.A_log))
+    mixer.D.fill_(1)
+
+
+def reset_parameters(mixer: Mamba | GroupedMamba) -> None:
+    layers: Any = mixer.children()
+    for layer in layers:
+        layer.reset_parameters()
+    init_states(mixer)
 
 
 def convolve(

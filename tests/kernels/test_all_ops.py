@@ -263,7 +263,7 @@ def test_exports_with_a_batch_of_any_size(op):
             return op(x, impl="cpu")
 
     few, more = random(3, 5, DIM, dtype=torch.float32), random(4, 5, DIM, dtype=torch.float32)
-    sizes = {"x": {0: torch.export.Dim("batch", min=2, max=DIM - 1)}}
+    sizes = {"x": {0: torch.export.Dim("batch")}}
     exported = torch.export.export(Exported(), (few,), dynamic_shapes=sizes, strict=False)
     torch.testing.assert_close(exported.module()(more), op(more, impl="cpu"))
 

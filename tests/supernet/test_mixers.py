@@ -57,6 +57,27 @@ def test_mamba_starts_as_mamba_ssms_does():
         Mamba(64, dt_init="zero")
 
 
+@pytest.mark.parametrize("kind", ["attention", "mamba", "mamba1"])
+def test_parameters_can_be_drawn_anew(kind):
+    """As where a module was made on the meta device: by it alone, or by each module in its turn."""
+    with torch.device("meta"):
+        made = [MIXERS[kind]() for _ in range(2)]
+    for mixer, modules in zip(made, (lambda m: [m], lambda m: m.modules()), strict=True):
+        mixer.to_empty(device="cpu")
+        with torch.no_grad():
+            for parameter in mixer.parameters():
+                parameter.fill_(math.nan)
+        for module in modules(mixer):
+            torch.manual_seed(1)
+            module.reset_parameters()
+        assert not any(p.isnan().any() for p in mixer.parameters())
+        if kind != "attention":
+            expected = torch.arange(1.0, 5).log().expand_as(mixer.A_log)
+            assert torch.equal(mixer.A_log, expected) and mixer.D.eq(1).all()
+            dt = F.softplus(mixer.dt_proj.bias)
+            assert 0.001 <= dt.min() and dt.max() <= 0.1 and dt.std() > 0
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_grouped_mamba_follows_its_equations(before):
     """Every step written out: split, repeat as key and value heads do, convolve, scan, gate."""

@@ -107,11 +107,10 @@ def test_a_complex_A_is_refused():
         compat.selective_scan_fn(**(inputs | {"A": inputs["A"].detach().cfloat()}))
 
 
-@pytest.mark.parametrize("constant", [False, True])
-def test_mamba_inner_fn_agrees_with_mamba_ssm(constant):
+def inner_inputs(constant: bool) -> dict[str, Tensor | None]:
     dim, state, rank, hidden = 6, 4, 2, 5
     projected = rank + (0 if constant else state) + state
-    inputs = {
+    return {
         "xz": normal(2, 2 * dim, 11),
         "conv1d_weight": normal(dim, 1, 4),
         "conv1d_bias": normal(dim),
@@ -123,13 +122,44 @@ def test_mamba_inner_fn_agrees_with_mamba_ssm(constant):
         "B": normal(dim, state, seed=4) if constant else None,
         "D": normal(dim, seed=5),
         "delta_bias": normal(dim, seed=6),
+        "B_proj_bias": None if constant else normal(state, seed=7),
+        "C_proj_bias": normal(state, seed=8),
     }
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_mamba_inner_fn_agrees_with_mamba_ssm(constant):
+    inputs = inner_inputs(constant)
     leaves = [t.requires_grad_() for t in inputs.values() if t is not None]
     ours = compat.mamba_inner_fn(**inputs)
     theirs = mamba_inner_ref(**inputs)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     for got, expected in zip(gradients(ours, leaves), gradients(theirs, leaves), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_mamba_inner_fn_normalises_what_it_is_told_to():
+    """b, c and dt are divided by their root mean square, after the projections' biases; in
+    mamba-ssm only its CUDA path does so."""
+    inputs = inner_inputs(constant=False)
+    weights = {"b_rms_weight": normal(4), "c_rms_weight": normal(4, seed=1)}
+    weights["dt_rms_weight"] = normal(6, seed=2)
+    x, z = inputs["xz"].chunk(2, dim=1)
+    taps = F.conv1d(F.pad(x, (3, 0)), inputs["conv1d_weight"], inputs["conv1d_bias"], groups=6)
+    x = F.silu(taps)
+    dt, b, c = (inputs["x_proj_weight"] @ x).split((2, 4, 4), dim=1)
+    dt = inputs["delta_proj_weight"] @ dt
+    b, c = b + inputs["B_proj_bias"][:, None], c + inputs["C_proj_bias"][:, None]
+    dt, b, c = (
+        F.rms_norm(t.mT, t.shape[1:2], weights[f"{name}_rms_weight"], eps=1e-3).mT
+        for name, t in (("dt", dt), ("b", b), ("c", c))
+    )
+    y = selective_scan_ref(
+        x, dt, inputs["A"], b, c, inputs["D"], z, inputs["delta_bias"], delta_softplus=True
+    )
+    expected = F.linear(y.mT, inputs["out_proj_weight"], inputs["out_proj_bias"])
+    ours = compat.mamba_inner_fn(**inputs, **weights, b_c_dt_rms_eps=1e-3)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("heads, groups", [(None, 1), (6, 1), (6, 3)])
@@ -214,6 +244,15 @@ def test_causal_conv1d_update_steps_along():
     second = compat.causal_conv1d_update(x[..., 3], state, weight, bias, "swish")
     torch.testing.assert_close(torch.cat([first, second[..., None]], -1), whole[..., :4])
     assert torch.equal(state, x[..., :4])
+
+    entries = torch.full((5, 7, 4), 9.0)  # of which each sample has one
+    places = torch.tensor([3, 1], dtype=torch.int32)
+    entries[places.long()] = 0
+    for tokens in (x[..., :3], x[..., 3:4]):
+        compat.causal_conv1d_update(
+            tokens, entries, weight, bias, "silu", conv_state_indices=places
+        )
+    assert torch.equal(entries[[3, 1]], x[..., :4]) and (entries[[0, 2, 4]] == 9).all()
 
 
 def test_other_activations_are_refused():
@@ -303,5 +342,18 @@ def test_a_padded_batch_is_packed_and_padded_again():
     packed, indices, bounds, longest, used = bert_padding.unpad_input(states, mask)
     assert torch.equal(packed, states[mask.bool()]) and longest == 3
     assert bounds.tolist() == [0, 2, 5, 6] and used.tolist() == [2, 3, 1]
-    padded = bert_padding.pad_input(packed, indices, 3, 3)
-    assert torch.equal(padded, states * mask[..., None])
+    for places in (indices, indices.int()):  # transformers has the latter for single tokens
+        padded = bert_padding.pad_input(packed, places, 3, 3)
+        assert torch.equal(padded, states * mask[..., None])
+        first, residual = bert_padding.index_first_axis_residual(states.flatten(0, 1), places)
+        assert torch.equal(first, packed) and torch.equal(residual, states.flatten(0, 1))
+
+
+def test_rows_of_several_sequences_are_packed():
+    """A row of lengths 2 and 1, then padding; and one of a single sequence."""
+    states, lengths = normal(2, 4, 3), torch.tensor([[2, 0, 1, 0], [4, 0, 0, 0]])
+    packed, indices, bounds, longest = bert_padding.unpad_input_for_concatenated_sequences(
+        states, lengths
+    )
+    assert torch.equal(packed, torch.cat((states[0, :3], states[1]))) and longest == 4
+    assert bounds.tolist() == [0, 2, 3, 7] and indices.tolist() == [0, 1, 2, 4, 5, 6, 7]
