@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .kernels.selective_state_update import selective_state_update
     from .supernet.config import ModelConfig, StochasticMixerConfig
     from .supernet.conversion import load_checkpoint, save_checkpoint
-    from .supernet.mixers import Attention, Mamba
+    from .supernet.mixers import Attention, GroupedMamba, Mamba
     from .supernet.model import SupernetModel
     from .supernet.optimizer import GatedAdamW, clip_grad_norm, parameter_groups
     from .supernet.stochastic import Router, StochasticMixer
@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "Attention": "supernet.mixers",
     "GatedAdamW": "supernet.optimizer",
+    "GroupedMamba": "supernet.mixers",
     "Mamba": "supernet.mixers",
     "MixerTable": "kernels.routing",
     "ModelConfig": "supernet.config",

@@ -87,6 +87,49 @@ def test_a_process_leaves_its_group_before_python_ends(tmp_path):
     assert on_two_ranks(str(program)) == "in a group: 0\n" * 2
 
 
+SHARDED = """
+import copy, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import tossup
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+router = tossup.Router(tossup.Strategy(mixers=2), layers=2, seed=3)
+make = lambda: {"a": tossup.Attention(16, 2), "m": tossup.Mamba(16, d_state=4)}
+whole = torch.nn.Sequential(
+    torch.nn.Linear(16, 16),
+    *(tossup.StochasticMixer(make(), layer=i, router=router) for i in range(2)),
+)
+model, mesh = copy.deepcopy(whole), init_device_mesh("cpu", (2,))
+for module in (model[1], model[2], model):
+    fully_shard(module, mesh=mesh)
+groups = [tossup.parameter_groups(m) for m in (whole, model)]
+optimizers = [tossup.GatedAdamW(g, lr=1e-2, router=router) for g in groups]
+for step in range(3):
+    used = router.draw(batch=2).count
+    x, norms = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(step)), []
+    for m, optimizer in zip((whole, model), optimizers):
+        optimizer.zero_grad()
+        (1e6 * m(x).square().mean()).backward()
+        norms.append(tossup.clip_grad_norm(optimizer, 0.5, used))
+        optimizer.step(used=used)
+    assert norms[0] > 0.5
+    torch.testing.assert_close(*norms)
+for ours, theirs in zip(model.parameters(), whole.parameters()):
+    torch.testing.assert_close(ours.full_tensor().data, theirs.data)
+if dist.get_rank() == 0:
+    print("the same", flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_a_sharded_model_is_clipped_and_steps_as_the_whole_one(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(SHARDED)
+    assert on_two_ranks(str(program)) == "the same\n"
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_rank_ends_with_its_code_and_says_what_it_had_to(tmp_path, code):
     program = tmp_path / "program.py"
