@@ -16,7 +16,7 @@ import yaml
 
 from ..kernels.configs import entries_of
 from .cases import CASES, Case
-from .offline import SHARED_MEMORY, TENSOR_CORES, Launch, Loop, compile_launches
+from .offline import LOCAL_MEMORY, SHARED_MEMORY, TENSOR_CORES, Launch, Loop, compile_launches
 from .on_meta import calls_on_meta, launching
 from .workloads import build
 
@@ -30,7 +30,7 @@ COUNTED = {
     "mufu": ("MUFU",),
     "shfl": ("SHFL",),
     "bar": ("BAR",),
-    "local": ("LDL", "STL"),
+    "local": LOCAL_MEMORY,
 }
 
 

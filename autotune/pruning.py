@@ -10,7 +10,7 @@ from triton.runtime.errors import TritonError
 from ..kernels import configs
 from ..kernels.configs import Config
 from .errors import said
-from .offline import SHARED_MEMORY, Launch, compile_launches
+from .offline import LOCAL_MEMORY, SHARED_MEMORY, Launch, compile_launches
 from .on_meta import calls_on_meta, launching
 from .workloads import Workload
 
@@ -89,7 +89,7 @@ def reason(launch: Launch, programs: int) -> str | None:
         return "shared memory"
     if launch.unordered_writes:
         return "unordered writes"
-    if binary.spills > SPILLS or any(loop.count("LDL", "STL") for loop in binary.loops):
+    if binary.spills > SPILLS or any(loop.count(*LOCAL_MEMORY) for loop in binary.loops):
         return "spills"
     if resident(launch) < programs or resident(launch) * launch.warps < SCHEDULERS:
         return "occupancy"

@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
+from .inspection import COUNTED
+
 MORE_IS_WORSE = (
     "registers", "spills", "shared", "scalar_dots", "unordered_writes", "loads_before_exit",
 )  # fmt: skip
-COUNTS = ("instructions", "tensor", "tma", "mufu", "shfl", "bar", "local")
+COUNTS = ("instructions", *COUNTED)
 Reports = dict[str, dict[str, Any]]  # of autotune/inspection.py
 
 

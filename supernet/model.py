@@ -76,6 +76,7 @@ class SupernetModel(nn.Module):
         losses: dict[str, Mean] | None = None,
         metrics: dict[str, Mean] | None = None,
         cache: Cache | None = None,
+        logits_to_keep: int = 0,
     ) -> Tensor:
         """Logits (batch, seqlen, vocab_size) of tokens (batch, seqlen).
 
@@ -83,33 +84,9 @@ class SupernetModel(nn.Module):
         attention_mask: (batch, seqlen) padding mask. cu_seqlens: (sequences + 1,) int32, with a
         batch of one row that packs several sequences. losses, metrics: dicts for the mixers' own.
         cache: what stands before these tokens, and afterwards these too; it knows the padding. The
-        same mixers take it from the first token to the last.
+        same mixers take it from the first token to the last. logits_to_keep: of how many last
+        tokens there are logits; 0 is all.
         """
-        hidden = self._hidden_states(
-            tokens,
-            table=table,
-            placement=placement,
-            attention_mask=attention_mask,
-            cu_seqlens=cu_seqlens,
-            losses=losses,
-            metrics=metrics,
-            cache=cache,
-        )
-        return self.lm_head(hidden)
-
-    def _hidden_states(
-        self,
-        tokens: Tensor,
-        *,
-        placement: Sequence[str] | None,
-        cache: Cache | None,
-        table: MixerTable | None = None,
-        attention_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        losses: dict[str, Mean] | None = None,
-        metrics: dict[str, Mean] | None = None,
-    ) -> Tensor:
-        """What the head sees, (batch, seqlen, hidden_size)."""
         places = self._places(placement)
         kwargs: dict[str, Any] = {"attention_mask": attention_mask, "cu_seqlens": cu_seqlens}
         if cache is None:
@@ -127,7 +104,7 @@ class SupernetModel(nn.Module):
                 x = block(x, **kwargs)
             else:
                 x = block(x, **kwargs, **preprocessed.get(places[layer], {}))
-        return self.norm(x)
+        return self.lm_head(self.norm(x[:, -logits_to_keep:]))
 
     @torch.no_grad()
     def generate(
@@ -182,8 +159,7 @@ class SupernetModel(nn.Module):
         cache = Cache(self.config.num_layers, room, attention_mask)
 
         def step(tokens: Tensor) -> Tensor:
-            hidden = self._hidden_states(tokens, placement=placement, cache=cache)
-            return self.lm_head(hidden[:, -1])
+            return self(tokens, placement=placement, cache=cache, logits_to_keep=1)[:, -1]
 
         look_every = 1 if input_ids.device.type == "cpu" else 16
         return generate(step, choose, input_ids, max_new_tokens, stops, pad, look_every)

@@ -140,6 +140,24 @@ def offsets_within(*tiles: Tensor) -> tl.dtype:
     return tl.int32 if reach < 2**31 else tl.int64
 
 
+def is_busy(softcap: float, alibi_slopes: Tensor | None, dropout_seed: Tensor | None) -> bool:
+    return softcap != 0 or alibi_slopes is not None or dropout_seed is not None
+
+
+def extents(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+) -> tuple[int, int, int]:
+    """How many sequences there are, and how long the queries and the keys of the longest are."""
+    sequences = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    refuse_more_samples_than_programs(sequences)
+    longest_q = q.shape[-3] if max_seqlen_q is None else max_seqlen_q
+    return sequences, longest_q, k.shape[-3] if max_seqlen_k is None else max_seqlen_k
+
+
 def shared_arguments(q, k, left, right, scale, softcap, dropout_p) -> tuple:
     """From seqlen_q to keep_scale, as all three kernels take them."""
     threshold = min(round(dropout_p * 2**32), 2**32 - 1)
@@ -164,16 +182,13 @@ def forward(
         q.new_empty(q.shape),
         q.new_empty((*q.shape[:-3], heads, seqlen_q), dtype=torch.float32),
     )
-    sequences = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
-    refuse_more_samples_than_programs(sequences)
-    busy = softcap != 0 or alibi_slopes is not None or dropout_seed is not None
+    busy = is_busy(softcap, alibi_slopes, dropout_seed)
     group_fits = seqlen_q == 1 and heads <= FEW * k.shape[-2]
     if cu_seqlens_q is None and group_fits and not busy and lse.stride(1) == 1:
         q, k, v, out, lse = by_group(q, k, v, out, lse, left)
         left = right = -1
         *_, seqlen_q, heads, head_dim = q.shape
-    longest_q = seqlen_q if max_seqlen_q is None else max_seqlen_q
-    longest_k = k.shape[-3] if max_seqlen_k is None else max_seqlen_k
+    sequences, longest_q, longest_k = extents(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
     few = longest_q <= FEW
     shape = q, longest_q, longest_k, sequences, (left, right), busy
     config = configure("decode" if few else "forward", *shape)
@@ -222,13 +237,11 @@ def backward(
     dout, dlse, q, k, v, out, lse, left, right, scale, softcap, alibi_slopes, dropout_p,
     dropout_seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, count, samples,
 ):  # fmt: skip
-    *_, seqlen_q, heads, head_dim = q.shape
+    heads, head_dim = q.shape[-2:]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     base, delta = (lse.new_empty(lse.shape) for _ in range(2))
-    sequences = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
-    longest_q = seqlen_q if max_seqlen_q is None else max_seqlen_q
-    longest_k = k.shape[-3] if max_seqlen_k is None else max_seqlen_k
-    busy = softcap != 0 or alibi_slopes is not None or dropout_seed is not None
+    sequences, longest_q, longest_k = extents(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+    busy = is_busy(softcap, alibi_slopes, dropout_seed)
     arguments = shared_arguments(q, k, left, right, scale, softcap, dropout_p)
     offset = offsets_within(dout, q, k, v, out)
 

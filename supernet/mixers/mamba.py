@@ -144,7 +144,7 @@ class Mamba(nn.Module):
 
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         x = convolve(self.conv1d, x, seq_idx, cache)
-        dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        dt, B, C = self.split(self.x_proj(x))
         dt = F.linear(dt, self.dt_proj.weight)
         y = scan(self, x, dt, B.unsqueeze(2), C.unsqueeze(2), z, seq_idx, cache)
         return self.out_proj(y)
@@ -208,10 +208,10 @@ class Mamba(nn.Module):
         """What the scan takes, from u to the route."""
         slot = run.slot
         _, B, C = self.split(slot["projected"])
+        A, D, bias = rates_of(self)
+        z = slot["xz"][..., self.d_inner :]
         return (
-            slot["conv"], slot["dt"], -self.A_log.float().exp(), B.unsqueeze(2), C.unsqueeze(2),
-            self.D.float(), slot["xz"][..., self.d_inner :], self.dt_proj.bias.float(),
-            *run.tensors,
+            slot["conv"], slot["dt"], A, B.unsqueeze(2), C.unsqueeze(2), D, z, bias, *run.tensors
         )  # fmt: skip
 
     def allocate_inference_cache(
@@ -406,10 +406,8 @@ class GroupedMamba(nn.Module):
         slot = run.slot
         z, _, B, C = self.split(slot["projected"])
         u = slot["conv"] if self.repeat_kv_before_conv else self.repeated(run, slot["conv"])
-        bias = None if self.dt_proj.bias is None else self.dt_proj.bias.float()
-        return (
-            u, slot["dt"], -self.A_log.float().exp(), B, C, self.D.float(), z, bias, *run.tensors
-        )  # fmt: skip
+        A, D, bias = rates_of(self)
+        return u, slot["dt"], A, B, C, D, z, bias, *run.tensors
 
     def repeated(self, run: "Run", x: Tensor) -> Tensor:
         out = run.fresh("y")
@@ -495,6 +493,12 @@ def convolve_backward(
     return (conv.weight, dtaps), (conv.bias, dbias)
 
 
+def rates_of(mixer: Mamba | GroupedMamba) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A, D and the step sizes' bias, as the scan takes them: in float32."""
+    bias = mixer.dt_proj.bias
+    return -mixer.A_log.float().exp(), mixer.D.float(), None if bias is None else bias.float()
+
+
 def scan(
     mixer: Mamba | GroupedMamba,
     x: Tensor,
@@ -505,8 +509,7 @@ def scan(
     seq_idx: Tensor | None,
     cache: LayerCache | None,
 ) -> Tensor:
-    A, D = -mixer.A_log.float().exp(), mixer.D.float()
-    bias = None if mixer.dt_proj.bias is None else mixer.dt_proj.bias.float()
+    A, D, bias = rates_of(mixer)
     if cache is not None and cache.updates("ssm"):
         x, dt, B, C, z = (token.squeeze(1) for token in (x, dt, B, C, z))
         return selective_state_update(
