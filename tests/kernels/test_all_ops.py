@@ -283,6 +283,18 @@ def test_triton_refuses_more_samples_than_a_grid_holds(op, impl):
         op(x, impl=impl)
 
 
+@pytest.mark.parametrize("op", [selective_state_update, causal_conv1d_update])
+@only_triton
+def test_triton_updates_no_more_samples_than_a_grid_holds(op, impl):
+    batched = {selective_state_update: (0, 1, 2, 4, 5, 7), causal_conv1d_update: (0, 1)}[op]
+    tensors = [
+        t[:1].expand(65536, *t.shape[1:]) if place in batched else t
+        for place, t in enumerate(tensors_of_ops()[op])
+    ]
+    with pytest.raises(ValueError, match="at most 65535 samples for impl='triton', got 65536"):
+        op(*tensors, impl=impl)
+
+
 @only_triton
 def test_triton_refuses_a_longer_sequence_than_a_grid_holds(impl):
     longest = 65535 * 32  # of float32's tiles
