@@ -28,10 +28,15 @@ def test_the_snippets_of_the_readme_run():
     snippets = re.findall(
         r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
     )
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     for snippet in snippets:
         exec(snippet, names)
-    assert names["router"].counts.sum() == 2 * 3 * 4
+    counts = names["router"].counts
+    assert counts.sum() == 2 * 3 * 4
+    tokens = names["batches"][0]
+    names["llama"](input_ids=tokens, labels=tokens).loss.backward()
+    names["optimizer"].step()  # by the hook, which has drawn once
+    assert counts.sum() == 2 * 4 * 4
     assert names["out"].shape == (2, 5, dim) and names["state"].shape == (2, dim, state)
 
 
