@@ -3,18 +3,30 @@
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+# The two factors stand in functions, as Triton compares a kernel's constants of a module with what
+# they were when it was compiled, at each launch, in some microseconds each.
+
+
+@triton.jit
+def in_base_2(x):
+    """The logarithm, of base 2, of what has the natural logarithm x."""
+    return x * 1.4426950408889634
+
+
+@triton.jit
+def in_base_e(x):
+    """The other way round."""
+    return x * 0.6931471805599453
 
 
 @triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
+    return 1.0 / (1.0 + tl.exp2(in_base_2(-x)))
 
 
 @triton.jit
 def silu(x):
-    return x / (1.0 + tl.exp2(-x * LOG2_E))
+    return x / (1.0 + tl.exp2(in_base_2(-x)))
 
 
 @triton.jit
@@ -23,7 +35,7 @@ def softplus(x):
 
     The polynomial is log1p(e)/e on [0, 1], to 3e-8.
     """
-    e = tl.exp2(-tl.abs(x) * LOG2_E)
+    e = tl.exp2(in_base_2(-tl.abs(x)))
     p = e * 5.232690834e-03 - 2.950522862e-02
     p = p * e + 7.822594792e-02
     p = p * e - 1.366324574e-01

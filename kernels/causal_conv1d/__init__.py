@@ -55,9 +55,9 @@ def causal_conv1d(
         rows = causal_conv1d_reference(take(route, x), weight, bias, before, index, activation)
         out, final_state = (put(route, r, len(x)) for r in rows)
     else:
-        from .ops import causal_conv1d_op
+        from .ops import apply
 
-        out, final_state = causal_conv1d_op(*tensors, *routed, activation, chosen)
+        out, final_state = apply(*tensors, *routed, activation, chosen)
     return (out, final_state) if return_final_state else out
 
 

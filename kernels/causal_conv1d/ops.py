@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..autograd import differentiable
 from ..backend import call_backend
 from ..routing import snapshot
 
@@ -119,4 +120,4 @@ def differentiate(ctx, dout, dfinal_state):
     return *present, None, None, None, None, None
 
 
-causal_conv1d_op.register_autograd(differentiate, setup_context=save_for_backward)
+apply = differentiable(causal_conv1d_op, save_for_backward, differentiate)

@@ -117,9 +117,9 @@ def flash_attention(
             cu_seqlens_q, cu_seqlens_k, route,
         )  # fmt: skip
     else:
-        from .ops import flash_attention_op
+        from .ops import apply
 
-        out, lse = flash_attention_op(
+        out, lse = apply(
             q, k, v, left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed,
             cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
             *routed, impl,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..dot import dot
-from ..exponentials import LOG2_E
+from ..exponentials import in_base_2
 from ..routing.gate import active_sample
 from .tiles import (
     dropped,
@@ -113,7 +113,7 @@ def dq_kernel(
         place = sample * stride_dlse[0] + head_64 * stride_dlse[1] + (row_q + i) * stride_dlse[2]
         delta -= tl.load(dlse_ptr + place, mask=i < seqlen_q, other=0.0)
     place = sample * stride_lse[0] + head_64 * stride_lse[1] + row_q + i
-    lse = tl.load(lse_ptr + place, mask=i < seqlen_q, other=0.0) * LOG2_E
+    lse = in_base_2(tl.load(lse_ptr + place, mask=i < seqlen_q, other=0.0))
     place = sample * stride_delta[0] + head_64 * stride_delta[1] + row_q + i
     tl.store(base_ptr + place, lse, mask=i < seqlen_q)
     tl.store(delta_ptr + place, delta, mask=i < seqlen_q)

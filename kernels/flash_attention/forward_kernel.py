@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..dot import dot
-from ..exponentials import LN_2, LOG2_E
+from ..exponentials import in_base_2, in_base_e
 from ..routing.gate import active_sample
 from .tiles import (
     dropped,
@@ -32,7 +32,7 @@ def attend(
         products = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         if not EDGE and scoring[1] is None and scoring[2] is None:
             # Scaled on the way into exp2, where it costs nothing
-            scale = scoring[0] * LOG2_E
+            scale = in_base_2(scoring[0])
             higher = tl.maximum(top, tl.max(products, 1) * scale)
             base = higher
             weights = tl.exp2(products * scale - base[:, None])
@@ -129,7 +129,7 @@ def forward_kernel(
     blind = total == 0
     total = tl.where(blind, 1.0, total)
     store_tile(outs, first, seqlen_q, acc / total[:, None], HEAD_DIM)
-    lse = tl.where(blind, float("-inf"), (top + tl.log2(total)) * LN_2)
+    lse = tl.where(blind, float("-inf"), in_base_e(top + tl.log2(total)))
     lse_ptr += sample * stride_lse[0] + tl.cast(head, tl.int64) * stride_lse[1] + row_q
     tl.store(lse_ptr + i, lse, mask=i < seqlen_q)
 
@@ -159,7 +159,7 @@ def join_kernel(
     lses = tl.load(lses_ptr + part * stride_parts[1], mask=part < parts, other=float("-inf"))
     top = tl.max(lses, 0)
     base = tl.where(top == float("-inf"), 0.0, top)
-    weights = tl.exp2((lses - base) * LOG2_E)
+    weights = tl.exp2(in_base_2(lses - base))
     total = tl.sum(weights, 0)
     blind = total == 0
     total = tl.where(blind, 1.0, total)
@@ -172,5 +172,5 @@ def join_kernel(
     out = tl.sum(weights[:, None] * outs, 0) / total
     out_ptr += sample * stride_out[0] + row * stride_out[1] + head * stride_out[2]
     tl.store(out_ptr + d * stride_out[3], out.to(out_ptr.dtype.element_ty), mask=inside)
-    lse = tl.where(blind, float("-inf"), base + tl.log2(total) * LN_2)
+    lse = tl.where(blind, float("-inf"), base + in_base_e(tl.log2(total)))
     tl.store(lse_ptr + sample * stride_lse[0] + head * stride_lse[1] + row * stride_lse[2], lse)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..autograd import differentiable
 from ..backend import call_backend
 from ..precision import wide
 from ..routing import snapshot
@@ -121,4 +122,4 @@ def differentiate(ctx, dout, dlse):
     return *grads, *(None,) * 14
 
 
-flash_attention_op.register_autograd(differentiate, setup_context=save_for_backward)
+apply = differentiable(flash_attention_op, save_for_backward, differentiate)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..exponentials import LOG2_E
+from ..exponentials import in_base_2
 
 
 @triton.jit
@@ -127,7 +127,7 @@ def tanh(x):
     square = x * x
     series = square * 0.021869488536155203 - 0.05396825396825397
     series = (series * square + 0.13333333333333333) * square - 0.3333333333333333
-    whole = 1 - 2 / (1 + tl.exp2(x * (2 * LOG2_E)))
+    whole = 1 - 2 / (1 + tl.exp2(in_base_2(2 * x)))
     return tl.where(square < 0.0625, x + x * square * series, whole)
 
 
@@ -141,11 +141,11 @@ def scores_of(products, i, j, window, scoring):
     capped = products
     if softcap is not None:
         capped = tanh(products * (scale / softcap))
-        scores = capped * (softcap * LOG2_E)
+        scores = capped * in_base_2(softcap)
     else:
-        scores = products * (scale * LOG2_E)
+        scores = products * in_base_2(scale)
     if slope is not None:
-        scores -= tl.abs(i + window[0] - j).to(tl.float32) * (slope * LOG2_E)
+        scores -= tl.abs(i + window[0] - j).to(tl.float32) * in_base_2(slope)
     return scores, capped
 
 

@@ -41,9 +41,9 @@ def linear(
     chosen = resolve_for(impl, x, weight, bias, *routed)
     if chosen == "reference":
         return linear_reference(x, weight, bias, route)
-    from .ops import linear_op
+    from .ops import apply
 
-    return linear_op(x, weight, bias, *routed, chosen)
+    return apply(x, weight, bias, *routed, chosen)
 
 
 def linear_into(

@@ -15,6 +15,7 @@ dimension, in which it reads 48 KB, 48 bytes per cycle of the 64 that an SM gets
 unit: 256 FLOPs per cycle. How near the kernels come: not measured.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -268,19 +269,21 @@ def configure(
         "transposed": right.stride(-1) != 1,
     }  # fmt: skip
     sizes = {"rows": (copies * rows, 16384), "columns": (columns, 16384), "inner": (inner, 16384)}
-    tile = heuristic(rows, columns, copies, fill, left.dtype, vectors, busy)
+    tile = heuristic(arch(), rows, columns, copies, fill, left.dtype, vectors, busy)
     return Tile(**configs.choose(f"linear.{kernel}", facts, sizes, tile._asdict()))
 
 
+@lru_cache(maxsize=4096)
 def heuristic(
-    rows: int, columns: int, copies: int, fill: int, dtype: torch.dtype, vectors: bool, busy: bool
-) -> Tile:
+    arch: int, rows: int, columns: int, copies: int, fill: int, dtype: torch.dtype, vectors: bool,
+    busy: bool,
+) -> Tile:  # fmt: skip
     """Untuned, the largest tile that leaves less than a quarter idle: of itself, and of `fill`
     processors."""
     if dtype == torch.float32:
         tiles, busy = LANES, busy or not vectors
     elif vectors:
-        tiles = WARPGROUPS if arch() in (90, 100) else WARPS
+        tiles = WARPGROUPS if arch in (90, 100) else WARPS
     else:
         tiles = SCATTERED
 

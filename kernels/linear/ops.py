@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..autograd import differentiable
 from ..backend import call_backend
 from ..routing import snapshot
 
@@ -94,11 +95,11 @@ def differentiate(ctx, dout):
     of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
     dx = dweight = dbias = None
     if of_x:
-        dx = linear_op(dout, weight.t(), None, *route, ctx.impl)
+        dx = apply(dout, weight.t(), None, *route, ctx.impl)
     if of_weight or of_bias:
         bias = bias if of_bias else None
         dweight, dbias = (*linear_backward_op(dout, x, weight, bias, *route, ctx.impl), None)[:2]
     return dx, dweight, dbias, None, None, None
 
 
-linear_op.register_autograd(differentiate, setup_context=save_for_backward)
+apply = differentiable(linear_op, save_for_backward, differentiate)

@@ -34,9 +34,9 @@ def repeat_groups(
     impl = resolve_for(impl, x, *routed)
     if impl == "reference":
         return repeat_groups_reference(x, group, repeats, route)
-    from .ops import repeat_groups_op
+    from .ops import apply
 
-    return repeat_groups_op(x, group, repeats, *routed, impl)
+    return apply(x, group, repeats, *routed, impl)
 
 
 def check(x: Tensor, group: int, repeats: int) -> None:

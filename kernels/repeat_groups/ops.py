@@ -6,6 +6,7 @@ Each of the two ops is the other's gradient. `group` is how many channels a grou
 import torch
 from torch import Tensor
 
+from ..autograd import differentiable
 from ..backend import call_backend
 from ..routing import snapshot
 
@@ -60,13 +61,15 @@ def save_for_backward(ctx, inputs, output):
     ctx.options = group, repeats, impl
 
 
-def gradient_by(op):
-    def differentiate(ctx, dout):
-        group, repeats, impl = ctx.options
-        return op(dout, group, repeats, *ctx.saved_tensors, impl), *(None,) * 5
-
-    return differentiate
+def repeat_groups_gradient(ctx, dout):
+    group, repeats, impl = ctx.options
+    return add_up(dout, group, repeats, *ctx.saved_tensors, impl), *(None,) * 5
 
 
-repeat_groups_op.register_autograd(gradient_by(sum_groups_op), setup_context=save_for_backward)
-sum_groups_op.register_autograd(gradient_by(repeat_groups_op), setup_context=save_for_backward)
+def sum_groups_gradient(ctx, dout):
+    group, repeats, impl = ctx.options
+    return apply(dout, group, repeats, *ctx.saved_tensors, impl), *(None,) * 5
+
+
+apply = differentiable(repeat_groups_op, save_for_backward, repeat_groups_gradient)
+add_up = differentiable(sum_groups_op, save_for_backward, sum_groups_gradient)

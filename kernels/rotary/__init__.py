@@ -62,9 +62,9 @@ def rotary(
     impl = resolve_for(impl, x, cos, sin, *routed)
     if impl == "reference":
         return rotary_reference(x, cos, sin, interleaved, route)
-    from .ops import rotary_op
+    from .ops import apply
 
-    return rotary_op(x, cos, sin, interleaved, *routed, impl)
+    return apply(x, cos, sin, interleaved, *routed, impl)
 
 
 def check_tensors(x: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..autograd import differentiable
 from ..backend import call_backend
 from ..routing import snapshot
 
@@ -48,8 +49,8 @@ def differentiate(ctx, dout):
     """The rotation by the opposite angle, which is this op again."""
     cos, sin, count, samples = ctx.saved_tensors
     interleaved, impl = ctx.options
-    dx = rotary_op(dout, cos, -sin, interleaved, count, samples, impl)
+    dx = apply(dout, cos, -sin, interleaved, count, samples, impl)
     return dx, *(None,) * 6
 
 
-rotary_op.register_autograd(differentiate, setup_context=save_for_backward)
+apply = differentiable(rotary_op, save_for_backward, differentiate)

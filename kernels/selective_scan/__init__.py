@@ -76,9 +76,9 @@ def selective_scan(
         )
         out, final_state = (put(route, r, len(u)) for r in rows)
     else:
-        from .ops import selective_scan_op
+        from .ops import apply
 
-        out, final_state, _ = selective_scan_op(*tensors, *routed, delta_softplus, chosen)
+        out, final_state, _ = apply(*tensors, *routed, delta_softplus, chosen)
     return (out, final_state) if return_final_state else out
 
 

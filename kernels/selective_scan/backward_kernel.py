@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..exponentials import LN_2, LOG2_E, sigmoid, silu
+from ..exponentials import in_base_2, in_base_e, sigmoid, silu
 from ..routing.gate import active_sample
 from .tiles import (
     at,
@@ -75,7 +75,7 @@ def backward_kernel(
     held = (n < STATE)[:, None] & inside[None, :]
 
     # [STATES, BLOCK_DIM]
-    A = load_plane(A_ptr, dim, columns, held) * LOG2_E
+    A = in_base_2(load_plane(A_ptr, dim, columns, held))
     dA = tl.zeros([STATES, BLOCK_DIM], tl.float32)
     dh = tl.zeros([STATES, BLOCK_DIM], tl.float32)
     if dstate_ptr is not None:
@@ -240,7 +240,7 @@ def backward_kernel(
                     dh = tl.where(same[j], dh, 0.0)
                 dexponent = dh * hs[j]
                 dA += dexponent * step[None, :]
-                ddelta = tl.sum(dexponent * A, 0) * LN_2 + ddrive * u
+                ddelta = in_base_e(tl.sum(dexponent * A, 0)) + ddrive * u
                 if SOFTPLUS:
                     ddelta *= sigmoid(raws[j])
                 ddelta = tl.where(there, ddelta, 0.0)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..exponentials import LOG2_E, silu
+from ..exponentials import in_base_2, silu
 from ..routing.gate import active_sample
 from .tiles import (
     at,
@@ -47,7 +47,7 @@ def forward_kernel(
     held = (n < STATE)[:, None] & inside[None, :]
 
     # [STATES, BLOCK_DIM]
-    A = load_plane(A_ptr, dim, columns, held) * LOG2_E
+    A = in_base_2(load_plane(A_ptr, dim, columns, held))
     h = tl.zeros([STATES, BLOCK_DIM], tl.float32)
     if state_ptr is not None:
         before = state_ptr + sample * stride_h[0] + tl.program_id(2) * stride_h[1]

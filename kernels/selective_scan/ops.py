@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..autograd import differentiable
 from ..backend import call_backend
 from ..precision import wide
 from ..routing import snapshot
@@ -162,4 +163,4 @@ def differentiate(ctx, dout, dfinal_state, _dkept):
     return *present, None, None, None, None, None
 
 
-selective_scan_op.register_autograd(differentiate, setup_context=save_for_backward)
+apply = differentiable(selective_scan_op, save_for_backward, differentiate)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..exponentials import LOG2_E, silu
+from ..exponentials import in_base_2, silu
 from ..routing.gate import active_sample
 from .tiles import (
     at,
@@ -45,7 +45,7 @@ def local_kernel(
     held = (n < STATE)[:, None] & inside[None, :]
 
     # [STATES, BLOCK_DIM]
-    A = load_plane(A_ptr, dim, columns, held) * LOG2_E
+    A = in_base_2(load_plane(A_ptr, dim, columns, held))
     h = tl.zeros([STATES, BLOCK_DIM], tl.float32)
     if CONSTANT:
         operand = load_plane(operand_ptr, dim, columns, held)
@@ -142,7 +142,7 @@ def carry_kernel(
     held = (n < STATE)[:, None] & inside[None, :]
 
     # [STATES, BLOCK_DIM]
-    A = load_plane(A_ptr, dim, columns, held) * LOG2_E
+    A = in_base_2(load_plane(A_ptr, dim, columns, held))
     h = tl.zeros([STATES, BLOCK_DIM], tl.float32)
     if edge_ptr is not None:
         edge = edge_ptr + sample * stride_edge[0] + n[:, None] * stride_edge[2]

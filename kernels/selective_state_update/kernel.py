@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from ..exponentials import LOG2_E, silu, softplus
+from ..exponentials import in_base_2, silu, softplus
 from ..launch import cdiv, next_power_of_2, refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
 from ..routing.gate import active_sample
@@ -47,7 +47,7 @@ def update_kernel(
         step = softplus(step)
     # [BLOCK_DIM, STATES]
     ptrs = A_ptr + channels[:, None] * stride_a[0] + n[None, :] * stride_a[1]
-    A = tl.load(ptrs, mask=held, other=0.0).to(tl.float32) * LOG2_E
+    A = in_base_2(tl.load(ptrs, mask=held, other=0.0).to(tl.float32))
     group = channels // (dim // groups_b)
     ptrs = B_ptr + sample * stride_b[0] + group[:, None] * stride_b[1] + n[None, :] * stride_b[2]
     b = tl.load(ptrs, mask=held, other=0.0).to(tl.float32)

@@ -269,6 +269,18 @@ def test_exports_with_a_batch_of_any_size(op):
 
 
 @every_op
+def test_eager_and_registered_gradients_are_the_same(op, monkeypatch):
+    """Both ways there are: by a function of autograd's own, and by what torch.library registers."""
+    x = random(2, 5, DIM)
+    eager = results_and_gradient(op, x, impl="cpu")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    registered = results_and_gradient(op, x, impl="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(eager, registered, strict=True))
+    nodes = [type(results[0].grad_fn).__name__ for results in (eager, registered)]
+    assert nodes[1].startswith("GeneratedBackwardFor_tossup") and nodes[0] != nodes[1]
+
+
+@every_op
 @only_triton
 def test_triton_refuses_float64_in_a_sentence(op, impl):
     with pytest.raises(ValueError, match="float64 runs with impl='cpu' or 'reference'"):
