@@ -15,6 +15,7 @@ from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..kernels.library import MUTATING
 from ..kernels.routing import Route
 from .workloads import Calls, Workload
 
@@ -36,8 +37,12 @@ def like(x: Tensor) -> Tensor:
 
 class Launching(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        op = OPDEFS.get(func._schema.name)
-        return (func if op is None else op._init_fn)(*args, **(kwargs or {}))
+        name = func._schema.name
+        if name in OPDEFS:
+            func = OPDEFS[name]._init_fn
+        elif name in MUTATING:
+            func = MUTATING[name].function
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

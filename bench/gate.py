@@ -1,11 +1,12 @@
 """Gates: exit code 1 where a kernel takes more, or something got slower beyond measured noise.
 
-    python -m bench.gate                          without a GPU: resources, ratios, start
+    python -m bench.gate                          without a GPU: resources, ratios, host, start
     python -m bench.gate --base REV [--device …]  two revisions side by side, case by case
 
 Without --base: what the offline compiler reports of every shipped launch against the committed
-resources; times of ours by those of peers on the CPU, and the cost of starting, against the newest
-committed record of the same CPU. Ratios, not times, so that a busy machine weighs on both.
+resources; times of ours by those of peers on the CPU, what calls take the host on their way to a
+GPU, and the cost of starting, against the newest committed record of the same CPU. Ratios, not
+times, so that a busy machine weighs on both.
 
 With --base: a worktree of REV and the working tree take turns, in a process each that stays, so
 that both meet the same clocks and temperatures. autotune/regression.py says what counts as slower;
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 import triton
 
-from bench import startup
+from bench import host, startup
 from bench.records import RESULTS, newest, newest_first
 from tossup.autotune.inspection import inspect
 from tossup.autotune.machine import name_of
@@ -112,6 +113,17 @@ def compared(
             yield name, before[name], now[name]
         else:
             print(f"{gate}: {what}{name}: not measured here: not compared")
+
+
+def check_host(record: dict[str, Any]) -> list[str]:
+    """What takes the host longer on its way to a GPU, in idle launches, than in the record."""
+    worse = []
+    for what, old, new in compared("host", "", record.get("host", {}), host.measure()):
+        found = compare_samples(old, new, LEAST_RATIO)
+        if found.slower:
+            found = compare_samples(old, host.measure()[what], LEAST_RATIO)
+        worse += report("host", what, found)
+    return worse
 
 
 def check_start(record: dict[str, Any]) -> list[str]:
@@ -251,10 +263,11 @@ def compare_with_records(seconds: float) -> list[str]:
     worse = check_resources()
     folder = RESULTS / slug(name_of(torch.device("cpu")))
     if not folder.exists():
-        print(f"ratios, start: {folder.name} has no record: not compared; `make record` makes one")
+        print(f"the rest: {folder.name} has no record: not compared; `make record` makes one")
         return worse
     record = newest(folder)
-    return worse + check_ratios(record, shipped("cpu"), seconds) + check_start(record)
+    worse += check_ratios(record, shipped("cpu"), seconds)
+    return worse + check_host(record) + check_start(record)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

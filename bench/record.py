@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bench import startup
+from bench import host, startup
 from bench.records import RESULTS, new_record, write_record
 from tossup.autotune.errors import said
 from tossup.autotune.races import Race, table
@@ -79,7 +79,7 @@ def main() -> int:
     races: list[dict[str, Any]] = []
     record = new_record(device, races)
     if device.type == "cpu":
-        record["start"] = startup.measure()
+        record |= {"host": host.measure(), "start": startup.measure()}
     for op in options.op:
         races += in_process(op, options)
         path = write_record(record, options.output)  # after each op, lest the next lose them all

@@ -1,12 +1,12 @@
 """torch.library registration: schema, shapes for tracing."""
 
-import torch
 from torch import Tensor
 
 from ..backend import call_backend
+from ..library import mutating_op
 
 
-@torch.library.custom_op("tossup::accumulate_into", mutates_args=("totals",))
+@mutating_op("accumulate_into", mutates_args=("totals",))
 def accumulate_into_op(
     totals: list[Tensor],
     gradients: list[Tensor],

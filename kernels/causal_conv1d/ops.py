@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..autograd import differentiable
 from ..backend import call_backend
+from ..library import differentiable, mutating_op
 from ..routing import snapshot
 
 
@@ -59,7 +59,7 @@ def _(dout, dfinal_state, x, weight, bias, initial_state, *others):
     return [dout.new_empty(0) if t is None else t.new_empty(t.shape) for t in differentiable]
 
 
-@torch.library.custom_op("tossup::causal_conv1d_into", mutates_args=("out",))
+@mutating_op("causal_conv1d_into", mutates_args=("out",))
 def causal_conv1d_into_op(
     out: Tensor,
     x: Tensor,
@@ -77,7 +77,7 @@ def causal_conv1d_into_op(
     )  # fmt: skip
 
 
-@torch.library.custom_op("tossup::causal_conv1d_backward_into", mutates_args=("dx",))
+@mutating_op("causal_conv1d_backward_into", mutates_args=("dx",))
 def causal_conv1d_backward_into_op(
     dx: Tensor,
     dout: Tensor,

@@ -1,12 +1,12 @@
 """torch.library registration: schema, shapes for tracing. The state is the op's to overwrite."""
 
-import torch
 from torch import Tensor
 
 from ..backend import call_backend
+from ..library import mutating_op
 
 
-@torch.library.custom_op("tossup::causal_conv1d_update", mutates_args=("conv_state",))
+@mutating_op("causal_conv1d_update", mutates_args=("conv_state",))
 def causal_conv1d_update_op(
     x: Tensor,
     conv_state: Tensor,

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..autograd import differentiable
 from ..backend import call_backend
+from ..library import differentiable, mutating_op
 from ..precision import wide
 from ..routing import snapshot
 
@@ -42,7 +42,7 @@ def _(q, *others):
     return q.new_empty(q.shape), q.new_empty((*batch, heads, seqlen), dtype=wide(q.dtype))
 
 
-@torch.library.custom_op("tossup::flash_attention_into", mutates_args=("out", "lse"))
+@mutating_op("flash_attention_into", mutates_args=("out", "lse"))
 def flash_attention_into_op(
     out: Tensor,
     lse: Tensor,

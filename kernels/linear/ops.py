@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..autograd import differentiable
 from ..backend import call_backend
+from ..library import differentiable, mutating_op
 from ..routing import snapshot
 
 
@@ -25,7 +25,7 @@ def _(x, weight, *others):
     return x.new_empty((*x.shape[:2], weight.shape[0]))
 
 
-@torch.library.custom_op("tossup::linear_into", mutates_args=("out",))
+@mutating_op("linear_into", mutates_args=("out",))
 def linear_into_op(
     out: Tensor,
     x: Tensor,
@@ -41,7 +41,7 @@ def linear_into_op(
     )
 
 
-@torch.library.custom_op("tossup::linear_weight_gradient_into", mutates_args=("grad", "bias_grad"))
+@mutating_op("linear_weight_gradient_into", mutates_args=("grad", "bias_grad"))
 def linear_weight_gradient_into_op(
     grad: Tensor,
     dout: Tensor,

@@ -6,8 +6,8 @@ Each of the two ops is the other's gradient. `group` is how many channels a grou
 import torch
 from torch import Tensor
 
-from ..autograd import differentiable
 from ..backend import call_backend
+from ..library import differentiable, mutating_op
 from ..routing import snapshot
 
 
@@ -39,7 +39,7 @@ def _(x, group, repeats, *others):
     return x.new_empty((*x.shape[:2], x.shape[2] // repeats))
 
 
-@torch.library.custom_op("tossup::repeat_groups_into", mutates_args=("out",))
+@mutating_op("repeat_groups_into", mutates_args=("out",))
 def repeat_groups_into_op(
     out: Tensor, x: Tensor, group: int, count: Tensor | None, samples: Tensor | None, impl: str
 ) -> None:
@@ -47,7 +47,7 @@ def repeat_groups_into_op(
     call_backend(__package__, impl, "repeat", out, x, group, count, samples)
 
 
-@torch.library.custom_op("tossup::sum_groups_into", mutates_args=("out",))
+@mutating_op("sum_groups_into", mutates_args=("out",))
 def sum_groups_into_op(
     out: Tensor, x: Tensor, group: int, count: Tensor | None, samples: Tensor | None, impl: str
 ) -> None:

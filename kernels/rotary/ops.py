@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..autograd import differentiable
 from ..backend import call_backend
+from ..library import differentiable, mutating_op
 from ..routing import snapshot
 
 
@@ -26,7 +26,7 @@ def _(x, cos, sin, interleaved, count, samples, impl):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("tossup::rotary_", mutates_args=("x",))
+@mutating_op("rotary_", mutates_args=("x",))
 def rotary_in_place_op(
     x: Tensor,
     cos: Tensor,

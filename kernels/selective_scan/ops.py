@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..autograd import differentiable
 from ..backend import call_backend
+from ..library import differentiable, mutating_op
 from ..precision import wide
 from ..routing import snapshot
 
@@ -82,7 +82,7 @@ def _(dout, dfinal_state, kept, *inputs):
     return [dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in differentiable]
 
 
-@torch.library.custom_op("tossup::selective_scan_into", mutates_args=("out", "kept"))
+@mutating_op("selective_scan_into", mutates_args=("out", "kept"))
 def selective_scan_into_op(
     out: Tensor,
     kept: Tensor,
@@ -107,7 +107,7 @@ def selective_scan_into_op(
     )  # fmt: skip
 
 
-@torch.library.custom_op("tossup::selective_scan_backward_into", mutates_args=("dB", "dC", "dz"))
+@mutating_op("selective_scan_backward_into", mutates_args=("dB", "dC", "dz"))
 def selective_scan_backward_into_op(
     dB: Tensor,
     dC: Tensor,

@@ -1,12 +1,12 @@
 """torch.library registration: schema, shapes for tracing. The state is the op's to overwrite."""
 
-import torch
 from torch import Tensor
 
 from ..backend import call_backend
+from ..library import mutating_op
 
 
-@torch.library.custom_op("tossup::selective_state_update", mutates_args=("state",))
+@mutating_op("selective_state_update", mutates_args=("state",))
 def selective_state_update_op(
     state: Tensor,
     x: Tensor,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import gate, startup
+from bench import gate, host, startup
 from bench.records import new_record, newest, write_record
 from tossup.autotune import races
 from tossup.autotune.workloads import build
@@ -134,6 +134,14 @@ def test_an_op_slowed_down_on_the_cpu_trips_the_gate(monkeypatch):
     monkeypatch.setattr(linears, "linear", ticking(linear, 2))
     (sentence,) = gate.check_ratios(before, [WORKLOAD], 0.01)
     assert sentence.startswith(f"{CASES[0]}, by torch: ")
+
+
+def test_a_slower_way_to_the_gpu_trips_the_gate(monkeypatch):
+    before = {"host": {"linear, forward": noise(5, 12.0), "linear, wgrad": noise(5, 15.0)}}
+    for factor, worse in ((1.0, 0), (0.5, 0), (1.6, 1)):
+        found = {"linear, forward": noise(5, 12.0 * factor), "linear, wgrad": noise(5, 15.0)}
+        monkeypatch.setattr(host, "measure", lambda found=found: found)
+        assert len(gate.check_host(before)) == worse
 
 
 def test_a_slower_start_trips_the_gate_unless_it_is_negligible(monkeypatch):

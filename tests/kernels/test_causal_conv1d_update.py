@@ -170,7 +170,7 @@ def test_registration(impl, ring, monkeypatch):
     inputs = [tensor.contiguous() for tensor in make().values()]
     arguments = (*inputs, "silu", places, places, None, None, impl)
     torch.library.opcheck(
-        causal_conv1d_update_op, arguments, test_utils=("test_schema", "test_faketensor")
+        causal_conv1d_update_op.overload, arguments, test_utils=("test_schema", "test_faketensor")
     )
 
 

@@ -400,11 +400,11 @@ def test_registration(impl, chosen):
     # with a route, what nobody wrote differs from call to call
     check = torch.library.opcheck
     check(ops.linear_op, (*parameters, *rest), test_utils=tests if route else dynamic)
-    check(ops.linear_into_op, (dout, x, weight, bias, True, *rest), test_utils=dynamic)
+    check(ops.linear_into_op.overload, (dout, x, weight, bias, True, *rest), test_utils=dynamic)
     written = torch.tensor(1, dtype=torch.int32)
     for optional in ((bias, written), (None, None)):
         arguments = (weight, dout, x, *optional, *rest)
-        check(ops.linear_weight_gradient_into_op, arguments, test_utils=dynamic)
+        check(ops.linear_weight_gradient_into_op.overload, arguments, test_utils=dynamic)
     check(ops.linear_backward_op, (dout, x, weight, bias, *rest), test_utils=dynamic)
 
 

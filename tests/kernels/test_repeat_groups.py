@@ -208,8 +208,8 @@ def test_registration(impl, routed):
     for op, tensor in ((ops.repeat_groups_op, x.clone()), (ops.sum_groups_op, out.clone())):
         arguments = (tensor.requires_grad_(), 2, 3, *rest)
         check(op, arguments, test_utils=tests if route else dynamic)
-    check(ops.repeat_groups_into_op, (out, x, 2, *rest), test_utils=dynamic)
-    check(ops.sum_groups_into_op, (x, out, 2, *rest), test_utils=dynamic)
+    check(ops.repeat_groups_into_op.overload, (out, x, 2, *rest), test_utils=dynamic)
+    check(ops.sum_groups_into_op.overload, (x, out, 2, *rest), test_utils=dynamic)
 
 
 @every_backend

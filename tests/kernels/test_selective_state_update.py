@@ -181,7 +181,7 @@ def test_registration(impl, routed, monkeypatch):
     places = (route.count, route.samples) if route else (None, None)
     arguments = (*(t.contiguous() for t in make().values()), True, *places, impl)
     torch.library.opcheck(
-        selective_state_update_op, arguments, test_utils=("test_schema", "test_faketensor")
+        selective_state_update_op.overload, arguments, test_utils=("test_schema", "test_faketensor")
     )
 
 
