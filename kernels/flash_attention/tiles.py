@@ -127,7 +127,7 @@ def tanh(x):
     square = x * x
     series = square * 0.021869488536155203 - 0.05396825396825397
     series = (series * square + 0.13333333333333333) * square - 0.3333333333333333
-    whole = 1 - 2 / (1 + tl.exp2(in_base_2(2 * x)))
+    whole = 1 - 2 / (1 + tl.exp2(x * 2.8853900817779268))  # e²ˣ
     return tl.where(square < 0.0625, x + x * square * series, whole)
 
 
