@@ -176,6 +176,18 @@ def carve(slots: Tensor, layout: Layout) -> dict[str, Tensor]:
     return tensors
 
 
+def refuse_exchanged(mixers: Sequence[RoutedMixer], saved: Sequence[Tensor]) -> None:
+    """Raise RuntimeError unless the mixers' parameters are those that autograd has saved, or lie
+    where they lie: gradient checkpointing hands out aliases."""
+    known = {id(parameter) for parameter in saved}
+    others = [own for mixer in mixers for own in mixer.parameters() if id(own) not in known]
+    if not {own.data_ptr() for own in others} <= {parameter.data_ptr() for parameter in saved}:
+        raise RuntimeError(
+            "a mixer's parameter was exchanged between its forward and its backward pass, as "
+            "torch.func.functional_call does: dispatch='device' takes none"
+        )
+
+
 class DeviceDispatch(torch.autograd.Function):
     """A layer's mixers on their samples: (batch, seqlen, hidden) to the same.
 
@@ -216,13 +228,7 @@ class DeviceDispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, slots, count, samples, *parameters = ctx.saved_tensors
-        for mixer in ctx.mixers:
-            for own in mixer.parameters():
-                if not any(own is parameter for parameter in parameters):
-                    raise RuntimeError(
-                        "a mixer's parameter was exchanged between its forward and its backward "
-                        "pass, as torch.func.functional_call does: dispatch='device' takes none"
-                    )
+        refuse_exchanged(ctx.mixers, parameters)
         dx = x.new_empty(x.shape)
         for mixer, run in runs(ctx, slots, count, samples):
             mixer.routed_backward(run, dout, x, dx)

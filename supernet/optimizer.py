@@ -183,16 +183,24 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[Group]
 
     model: any module; the mixers of the StochasticMixers inside it get the gates (layer, mixer),
         the mixer by its place among the layer's. What several of them share, and everything else,
-        is shared. Layers need different numbers.
+        is shared.
     weight_decay: of matrices; norms, biases, convolutions, `A_log` and `D` do not decay.
 
-    Raises ValueError where a mixer under device dispatch shares a parameter with another module:
-    its backward pass would overwrite the other's part of the gradient.
+    Raises ValueError where two layers have one number, and where a mixer under device dispatch
+    shares a parameter with another module: its backward pass would overwrite the other's part of
+    the gradient.
     """
     check_written_once(model)
     gates: dict[Tensor, tuple[int, int] | None] = {}
-    for module in model.modules():
+    places: dict[int, str] = {}
+    for path, module in model.named_modules():
         if isinstance(module, StochasticMixer):
+            if module.layer in places:
+                raise ValueError(
+                    f"layer takes a number of its own in every StochasticMixer, got {module.layer} "
+                    f"in {places[module.layer]} and in {path}"
+                )
+            places[module.layer] = path
             for index, mixer in enumerate(module.mixers.values()):
                 gate = (module.layer, index)
                 for parameter in mixer.parameters():

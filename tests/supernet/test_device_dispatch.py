@@ -4,11 +4,13 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import tossup
 from tests.support import poison_memory
@@ -346,6 +348,21 @@ class TestRefusals:
         ):
             with pytest.raises(ValueError, match=message):
                 StochasticMixer({"only": mixer}, dispatch="device")
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_gradient_checkpointing(self, reentrant):
+        gradients = []
+        for checkpointed in (False, True):
+            model, table = model_of("device", layers=2), table_of([0, 1, 2, 2], [1, 1, 0, 2])
+            x = torch.randn(4, 9, 16, requires_grad=True)  # after model_of's seed
+            for block in model.layers:
+                run = partial(block.mixer, table=table)
+                x = x + (checkpoint(run, x, use_reentrant=reentrant) if checkpointed else run(x))
+            x.square().sum().backward()
+            gradients.append([p.grad for p in model.layers.parameters()])
+        for plain, again in zip(*gradients, strict=True):
+            assert (plain is None) == (again is None)
+            assert plain is None or torch.equal(plain, again)
 
     def test_parameters_that_change_before_the_backward_pass(self):
         layer, table = model_of("device", layers=1).layers[0].mixer, table_of([0, 1, 2, 2])

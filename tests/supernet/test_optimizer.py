@@ -464,3 +464,11 @@ def test_groups_put_each_mixers_parameters_behind_its_gate():
             expected[parameter] = (gate, 0.0 if undecayed else 0.3)
     assert found == expected
     GatedAdamW(groups).step(used=torch.ones(2, 2))
+
+
+def test_layers_of_one_number_are_refused():
+    """As where `layer=` was forgotten: all would follow the first row, behind the same gates."""
+    layers = [StochasticMixer({"mamba": Mamba(8), "other": torch.nn.Linear(8, 8)}) for _ in "ab"]
+    message = "layer takes a number of its own in every StochasticMixer, got 0 in 0 and in 1"
+    with pytest.raises(ValueError, match=message):
+        parameter_groups(torch.nn.Sequential(*layers))
