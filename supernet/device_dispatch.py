@@ -176,7 +176,7 @@ def carve(slots: Tensor, layout: Layout) -> dict[str, Tensor]:
     return tensors
 
 
-def refuse_exchanged(mixers: Sequence[RoutedMixer], saved: Sequence[Tensor]) -> None:
+def refuse_exchanged(mixers: Sequence[Any], saved: Sequence[Tensor]) -> None:
     """Raise RuntimeError unless the mixers' parameters are those that autograd has saved, or lie
     where they lie: gradient checkpointing hands out aliases."""
     known = {id(parameter) for parameter in saved}

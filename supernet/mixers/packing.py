@@ -4,8 +4,10 @@ A padded batch is packed before attention and unpacked after it. Scans and convo
 place: `seq_idx` numbers the sequences of a row, and their state starts anew wherever it changes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,20 +84,20 @@ def packing_of(
     A mask of transformers tells of all that the others do, and goes before them.
     Raises ValueError where anything has another shape, excludes another, or cannot be followed.
     """
-    batch, seqlen = hidden_states.shape[:2]
+    batch, seqlen = shape = hidden_states.shape[:2]
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         raise ValueError(
             f"attention_mask must be a tensor, got {type(attention_mask).__name__}: "
             "attn_implementation='sdpa' makes one"
         )
     if attention_mask is not None and attention_mask.ndim == 4:
-        return packing_of_attention(attention_mask, batch, seqlen, left)
+        return remembered(packing_of_attention, attention_mask, *shape, left)
     bounds = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
     if attention_mask is not None:
         for name, other in (("cu_seqlens", bounds), ("seq_idx", seq_idx)):
             if other is not None:
                 raise ValueError(f"attention_mask and {name} exclude each other, got both")
-        return packing_of_padding(attention_mask, batch, seqlen, left)
+        return remembered(packing_of_padding, attention_mask, *shape, left)
     if bounds is not None:
         if batch != 1:
             raise ValueError(f"cu_seqlens goes with a batch of one row, got {batch} rows")
@@ -109,9 +111,33 @@ def packing_of(
             )
         return Packing(seq_idx.int(), False)
     if position_ids is not None and batch == 1 and position_ids.shape == (1, seqlen):
-        breaks = F.pad(position_ids.diff(dim=1) != 1, (1, 0))
-        return Packing(breaks.cumsum(1).int(), False) if breaks.any() else None
+        return remembered(packing_of_positions, position_ids)
     return None
+
+
+def remembered(
+    make: Callable[..., Packing | None], told: Tensor, *others: int | None
+) -> Packing | None:
+    """make(told, *others), once for all layers that are told the same: the host waits for it.
+
+    It is kept at the tensor, while nobody writes the tensor.
+    """
+    if told.is_inference():  # which counts no writes
+        return make(told, *others)
+    known: dict[Any, Packing | None]
+    version, known = getattr(told, "_packings", (None, {}))
+    if version != told._version:
+        known = {}
+        told._packings = told._version, known  # type: ignore[attr-defined]
+    key = make, *others
+    if key not in known:
+        known[key] = make(told, *others)
+    return known[key]
+
+
+def packing_of_positions(position_ids: Tensor) -> Packing | None:
+    breaks = F.pad(position_ids.diff(dim=1) != 1, (1, 0))
+    return Packing(breaks.cumsum(1).int(), False) if breaks.any() else None
 
 
 def packing_of_padding(mask: Tensor, batch: int, seqlen: int, left: int | None) -> Packing | None:

@@ -12,6 +12,7 @@ from transformers.models.mistral.modeling_mistral import MistralAttention, Mistr
 
 from tests.oracles import Mamba as UpstreamMamba
 from tests.oracles import selective_scan_ref
+from tests.supernet.host_reads import RefuseHostReads
 from tossup import Attention, Mamba
 from tossup.supernet.mixers import GroupedMamba
 
@@ -205,6 +206,32 @@ def test_what_a_mixer_cannot_do_it_says(kind):
     for name, value in (("cu_seqlens", [0, 4]), ("cu_seq_lens_q", [0, 4]), ("seq_idx", [[0] * 4])):
         with pytest.raises(ValueError, match="exclude each other"):
             mixer(x[:1], attention_mask=torch.ones(1, 4), **{name: torch.tensor(value).int()})
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_what_a_mask_says_is_read_once_for_all_layers(kind):
+    torch.manual_seed(0)
+    mixer, x = MIXERS[kind](), torch.randn(2, 6, 16)
+    padding = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    seen = (padding[:, None, None] * torch.ones(6, 6).tril()).bool()
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    for some, told in (
+        (x, {"attention_mask": padding}),
+        (x, {"attention_mask": seen}),
+        (x[:1], packed),
+    ):
+        expected = mixer(some, **told)
+        with RefuseHostReads():
+            again = mixer(some, **told)
+        assert torch.equal(again, expected)
+    padding[0] = 1  # a mask that changes is read again
+    close(mixer(x, attention_mask=padding), mixer(x))
+    with torch.inference_mode():
+        mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6])
+        for _ in range(2):
+            mixer(x, attention_mask=mask)
+            mask[0] = 1
+        assert torch.equal(mixer(x, attention_mask=mask), mixer(x))
 
 
 def windowed(seqlen: int, left: int) -> Tensor:
