@@ -1,9 +1,40 @@
-"""CPU backend: two multiply-adds on views of the pairs, for the active samples only."""
+"""CPU backend: a compiled loop over the active samples' tokens, in float32 or x's wider dtype.
+
+Floor: bytes. x is read once, and the result written once; half precision is widened before.
+"""
 
 import torch
 from torch import Tensor
 
-from ..routing import rows_of
+from ..precision import wide
+from ..routing import place, rows_of
+from ..sweeps import sweep
+
+
+@sweep(layout="C")
+def turn(tasks, interleaved, x, cos, sin, out):
+    """Turn all pairs of channels of the tokens in `tasks`.
+
+    x, out: (batch, seqlen, heads, head_dim). cos, sin: (batch or 1, seqlen, pairs).
+    """
+    seqlen, heads, head_dim = x.shape[1:]
+    pairs = cos.shape[2]
+    for task in tasks:
+        s, t = task // seqlen, task % seqlen
+        of = s % cos.shape[0]
+        for h in range(heads):
+            if interleaved:
+                for i in range(pairs):
+                    a, b = x[s, t, h, 2 * i], x[s, t, h, 2 * i + 1]
+                    out[s, t, h, 2 * i] = a * cos[of, t, i] - b * sin[of, t, i]
+                    out[s, t, h, 2 * i + 1] = b * cos[of, t, i] + a * sin[of, t, i]
+            else:
+                for i in range(pairs):
+                    a, b = x[s, t, h, i], x[s, t, h, pairs + i]
+                    out[s, t, h, i] = a * cos[of, t, i] - b * sin[of, t, i]
+                    out[s, t, h, pairs + i] = b * cos[of, t, i] + a * sin[of, t, i]
+            for i in range(2 * pairs, head_dim):
+                out[s, t, h, i] = x[s, t, h, i]
 
 
 def forward(
@@ -16,33 +47,13 @@ def forward(
     out: Tensor | None = None,
 ) -> Tensor:
     """out may be x itself."""
-    in_place = out is not None
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    if count is None and not in_place:
-        turn(x, cos, sin, interleaved, out)
-        return out
     rows = rows_of(count, samples)
-    chosen = x[rows]
-    if cos.ndim == 3:
-        cos, sin = cos[rows], sin[rows]
+    chosen = x[rows].to(wide(x.dtype)).contiguous()
+    cos, sin = (
+        (t[rows] if t.ndim == 3 else t.unsqueeze(0)).to(chosen.dtype).contiguous()
+        for t in (cos, sin)
+    )
     turned = torch.empty_like(chosen)
-    turn(chosen, cos, sin, interleaved, turned)
-    out[rows] = turned
-    return out
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor) -> None:
-    """Write the rotation of x into out."""
-    half = cos.shape[-1]
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for all heads
-    (a, b), (out_a, out_b) = pairs(x, half, interleaved), pairs(out, half, interleaved)
-    out_a.copy_(torch.addcmul(a * cos, b, sin, value=-1))
-    out_b.copy_(torch.addcmul(b * cos, a, sin))
-    out[..., 2 * half :] = x[..., 2 * half :]
-
-
-def pairs(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """The first and the second channels of all pairs, as views."""
-    if interleaved:
-        return x[..., : 2 * half : 2], x[..., 1 : 2 * half : 2]
-    return x[..., :half], x[..., half : 2 * half]
+    batch, seqlen = chosen.shape[:2]
+    turn(batch * seqlen, int(interleaved), chosen, cos, sin, turned)
+    return place(rows, turned, len(x), x.dtype, into=out)

@@ -11,65 +11,23 @@ lanes. What torch does around the sweep (softplus, gate, skip) is a few passes o
 every channel has a B or C of its own, it also has a block of its own, and one lane of it works.
 """
 
-import functools
-import hashlib
 import math
-import os
-import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba.extending import overload
 from torch import Tensor
 
 from ..precision import wide
 from ..routing import place, rows_of
+from ..sweeps import exp, sweep
 from .lanes import LANES, load, multiply, multiply_add, splat, store, total
 from .ops import CHUNKS
 
 CHUNK = CHUNKS["cpu"]
-
-# Contraction into fused multiply-adds is the one liberty taken: NaN and infinities stay as they are
-COMPILE = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
-
-LOG2_E = np.float32(1.4426950408889634)
-LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-ROUNDER = np.float32(1.5 * 2**23)  # adding it rounds to an integer, which the low bits then hold
-LOWEST, HIGHEST = np.float32(-87.6), np.float32(89.0)  # their exponentials are 0 and infinity
-ONE = np.float32(1)
-P2, P3, P4 = np.float32(0.5), np.float32(1.6666665459e-1), np.float32(4.1665795894e-2)
-P5, P6, P7 = np.float32(8.3334519073e-3), np.float32(1.3981999507e-3), np.float32(1.9875691500e-4)
-
-
-@numba.njit(fastmath={"contract"})
-def exp_float32(x):
-    """eˣ to 1.1 units in the last place, in instructions that vectorise; 0 below 2e-38.
-
-    Cody and Waite's range reduction, and the polynomial of Cephes' expf.
-    """
-    x = LOWEST if x < LOWEST else x  # a NaN passes both comparisons
-    x = HIGHEST if x > HIGHEST else x
-    shifted = x * LOG2_E + ROUNDER
-    power = shifted - ROUNDER
-    r = x - power * LN2_HIGH - power * LN2_LOW
-    p = ((((P7 * r + P6) * r + P5) * r + P4) * r + P3) * r + P2
-    p = p * (r * r) + r + ONE
-    scale = (np.float32(shifted).view(np.int32) + np.int32(126)) << np.int32(23)
-    return (p + p) * np.int32(scale).view(np.float32)
-
-
-def exp(x):
-    return math.exp(x)
-
-
-@overload(exp)
-def choose_exp(x):
-    return (lambda x: exp_float32(x)) if x == numba.float32 else (lambda x: math.exp(x))
+ALSO = Path(__file__).with_name("lanes.py").read_bytes() + b"%d" % CHUNK
 
 
 @numba.njit
@@ -85,6 +43,7 @@ def locate(task, dim, run):
     return sample, block, block // blocks_of_run * run + offset, min(LANES, run - offset)
 
 
+@sweep(also=ALSO)
 def forward_sweep(tasks, run, u, delta, A, B, C, resets, state, y, kept):
     """y and the final state, in place of the initial one, of every block in `tasks`."""
     seqlen, dim = u.shape[1:]
@@ -127,6 +86,7 @@ def forward_sweep(tasks, run, u, delta, A, B, C, resets, state, y, kept):
                 state[s, first + lane, n] = h[n, lane]
 
 
+@sweep(also=ALSO)
 def backward_sweep(
     tasks, run, dy, u, delta, A, B, C, resets, kept, dstate, y, du, ddelta, dA, dB, dC
 ):
@@ -213,67 +173,6 @@ def backward_sweep(
                 dstate[s, first + lane, n] = dh[n, lane]
 
 
-# numba's cache follows this file, under each function's name: that has to tell what else is
-# compiled in.
-ELSE = Path(__file__).with_name("lanes.py").read_bytes() + b"%d" % CHUNK
-for sweep in (forward_sweep, backward_sweep):
-    sweep.__qualname__ += f"_{hashlib.sha256(ELSE).hexdigest()[:8]}"
-
-
-@functools.cache
-def compiled(sweep: Callable, dtype: np.dtype) -> Callable:
-    """`sweep` for one dtype and arrays of any strides: one signature, compiled and cached once.
-
-    Where numba may write to no folder, every process compiles anew, and is warned.
-    """
-    real = numba.from_dtype(dtype)
-
-    def strided(ndim: int, item: numba.types.Type = real) -> numba.types.Array:
-        return numba.types.Array(item, ndim, "A")
-
-    inputs = [strided(3), strided(3), strided(2), strided(4), strided(4), strided(2, numba.boolean)]
-    if sweep is forward_sweep:
-        arrays = [*inputs, *(strided(n) for n in (3, 3, 4))]
-    else:
-        arrays = [strided(3), *inputs, *(strided(n) for n in (4, 3, 3, 3, 3, 3, 4, 4))]
-    signature = numba.void(strided(1, numba.int64), numba.int64, *arrays)
-    kernel = numba.njit(**COMPILE)(sweep)
-    try:
-        kernel.enable_caching()
-    except RuntimeError as error:
-        warnings.warn(
-            f"selective_scan is compiled anew in every process: {error}; set NUMBA_CACHE_DIR to a"
-            " folder that can be written",
-            stacklevel=2,
-        )
-    kernel.compile(signature)
-    kernel.disable_compile()  # arrays of another kind are an error, not one more signature
-    return kernel
-
-
-@functools.cache
-def pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """The threads of one process. A fork does not inherit them, so it makes its own."""
-    return ThreadPoolExecutor(threads, "selective_scan")
-
-
-def launch(sweep: Callable, tasks: int, run: int, *tensors: Tensor) -> None:
-    """Run all tasks of a sweep on as many threads as torch uses.
-
-    The sweeps release the interpreter's lock, so plain threads serve. numba's own threading layers
-    do not: one may not be entered by two threads, the other brings a second OpenMP beside torch's.
-    """
-    arrays = [tensor.detach().numpy() for tensor in tensors]
-    kernel = compiled(sweep, arrays[0].dtype)
-    threads = max(1, min(torch.get_num_threads(), tasks))
-    shares = [np.arange(first, tasks, threads) for first in range(threads)]
-    workers = pool(os.getpid(), threads)
-    others = [workers.submit(kernel, share, run, *arrays) for share in shares[1:]]
-    kernel(shares[0], run, *arrays)
-    for other in others:
-        other.result()
-
-
 def operands(u, delta, A, B, C, delta_bias, seq_idx, rows, delta_softplus):
     """What both sweeps read, for the active samples and in the dtype of the arithmetic."""
     u, delta, A = (x.to(wide(u.dtype)) for x in (u[rows], delta[rows], A))
@@ -314,7 +213,7 @@ def forward(
         state = initial_state[rows].to(x.dtype, copy=True)
     y = x.new_empty(x.shape)
     kept = x.new_empty(batch, math.ceil(seqlen / CHUNK), A.shape[1], dim)
-    launch(forward_sweep, batch * blocks, run, x, step, rate, b, c, resets, state, y, kept)
+    forward_sweep(batch * blocks, run, x, step, rate, b, c, resets, state, y, kept)
 
     if D is not None:
         y.addcmul_(x, D.to(x.dtype))
@@ -350,8 +249,8 @@ def backward(
     y, du, ddelta = (x.new_empty(x.shape) for _ in range(3))
     dA = x.new_empty(batch, *A.shape)
     dB, dC = (x.new_zeros(batch, 1 if w.ndim == 2 else seqlen, blocks, A.shape[1]) for w in (B, C))
-    launch(
-        backward_sweep, batch * blocks, run,
+    backward_sweep(
+        batch * blocks, run,
         dy, x, step, rate, b, c, resets, kept[rows].contiguous(), dstate, y, du, ddelta, dA,
         *(w.expand(-1, seqlen, -1, -1) for w in (dB, dC)),
     )  # fmt: skip

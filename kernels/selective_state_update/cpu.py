@@ -1,6 +1,7 @@
-"""CPU backend: torch's elementwise calls, on the active samples only.
+"""CPU backend: a compiled loop over the channels of the active samples.
 
-Floor: bytes. A step reads and writes the state; here torch makes five passes over it.
+Floor: arithmetic. For each state one exponential, 12 vector instructions, and 4 more; bytes, 8 a
+state, come close in float32. What torch does around the loop is a few passes over x's size.
 """
 
 import torch
@@ -8,26 +9,41 @@ import torch.nn.functional as F
 
 from ..precision import wide
 from ..routing import place, rows_of
+from ..sweeps import exp, sweep
+
+
+@sweep(layout="C", fastmath={"contract", "reassoc"})
+def advance(tasks, state, token, step, A, B, C, out):
+    """The samples in `tasks`: state in place, and C times it. B, C: (batch, groups, states)."""
+    dim, states = A.shape
+    of_b, of_c = dim // B.shape[1], dim // C.shape[1]
+    for s in tasks:
+        for d in range(dim):
+            b, c = d // of_b, d // of_c
+            arriving = step[s, d] * token[s, d]
+            total = arriving * 0
+            for n in range(states):
+                after = exp(step[s, d] * A[d, n]) * state[s, d, n] + arriving * B[s, b, n]
+                state[s, d, n] = after
+                total += after * C[s, c, n]
+            out[s, d] = total
 
 
 def update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, count, samples):
     real = wide(x.dtype)
     rows = rows_of(count, samples)
-    token, step = x[rows].to(real), dt[rows].to(real)
+    token, step = x[rows].to(real).contiguous(), dt[rows].to(real)
     if dt_bias is not None:
         step = step + dt_bias.to(real)
     if dt_softplus:
         step = F.softplus(step)
 
-    # (batch, dim, state)
-    after = (step.unsqueeze(-1) * A.to(real)).exp_().mul_(state[rows])
-    # by group: (batch, groups, channels, state), with B and C the same for all channels
-    of_b, of_c = (after.unflatten(1, (t.shape[1], -1)) for t in (B, C))
-    arriving = (step * token).unflatten(1, (B.shape[1], -1))
-    of_b.addcmul_(arriving.unsqueeze(-1), B[rows].to(real).unsqueeze(2))
-    state[rows] = after.to(state.dtype)
-    products = torch.bmm(of_c.flatten(0, 1), C[rows].to(real).flatten(0, 1).unsqueeze(-1))
-    out = products.view_as(token)
+    after = state[rows].to(real).contiguous()
+    out = torch.empty_like(token)
+    b, c = (t[rows].to(real).contiguous() for t in (B, C))
+    advance(len(token), after, token, step.contiguous(), A.to(real).contiguous(), b, c, out)
+    if after.data_ptr() != state.data_ptr():  # a copy, of some samples or of another dtype
+        state[rows] = after.to(state.dtype)
 
     if D is not None:
         out += D.to(real) * token
