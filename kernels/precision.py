@@ -8,6 +8,15 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """As torch.autocast has the inputs of products and of attention: in its dtype, but float64."""
+    kind = tensors[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
 def refuse_float64(**tensors: torch.Tensor | None) -> None:
     """What every Triton launcher begins with. Raises ValueError, which names the tensor."""
     for name, tensor in tensors.items():

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..kernels.precision import autocast
 from ..kernels.routing import MixerTable, Strategy, draw
 from .config import check_mixer_name
 from .device_dispatch import DeviceDispatch, check_routed
@@ -238,9 +239,7 @@ class StochasticMixer(nn.Module):
                 f"the mixer table must be on {x.device}, as hidden_states are, got "
                 f"{table.count.device}"
             )
-        kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
+        (x,) = autocast(x)
         with torch.inference_mode(False):  # a later backward pass writes it
             if not isinstance(self.written, Tensor):
                 self.written = torch.full((len(self.names),), self.written, dtype=torch.int32)

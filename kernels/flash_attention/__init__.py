@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Impl, resolve_for
+from ..precision import autocast
 from ..routing import Route, tensors_of
 from .reference import flash_attention_reference
 
@@ -46,7 +47,8 @@ def flash_attention(
 
     q: (batch, seqlen_q, heads, head_dim), float16, bfloat16, float32 or float64.
     k, v: (batch, seqlen_k, kv_heads, head_dim), q's dtype. `kv_heads` divides `heads`, and query
-        head h uses kv head h // (heads / kv_heads). Any strides.
+        head h uses kv head h // (heads / kv_heads). Any strides. Under torch.autocast all three are
+        taken in its dtype, as by torch's own attention.
     causal: the last query sees all keys, each one before it one key less (bottom-right aligned).
     window_size: how many keys to the left and to the right of its own position a query sees, -1
         for all. Query i stands at key i + seqlen_k - seqlen_q. `causal` makes the right side 0.
@@ -79,6 +81,7 @@ def flash_attention(
     head_dim is above 256, a sequence longer than 65535 of the kernel's tiles (a million tokens or
     more), or the heads of all sequences have 2³¹ tiles together, each as many as the longest.
     """
+    q, k, v = autocast(q, k, v)
     check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     if len(window_size) != 2 or min(window_size) < -1:
         raise ValueError(

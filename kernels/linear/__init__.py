@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backend import Impl, resolve_for
 from ..flags import check_written
+from ..precision import autocast
 from ..routing import Route, rows_of, take, tensors_of
 from .reference import gradients, linear_reference, products
 
@@ -25,7 +26,8 @@ def linear(
 ) -> Tensor:
     """x Wᵀ + bias.
 
-    x: (batch, seqlen, in_features), float16, bfloat16, float32 or float64; any strides.
+    x: (batch, seqlen, in_features), float16, bfloat16, float32 or float64; any strides. Under
+        torch.autocast it is taken in that dtype, as by torch's own.
     weight: (out_features, in_features), any strides. bias: (out_features,), None is zero. Both may
         differ in dtype from x, and are then rounded to x's, as autocast does, on the way.
     route: the samples to work on. The rows of others are left unwritten in the result and in x's
@@ -36,6 +38,7 @@ def linear(
     dtypes. Deterministic.
     Raises ValueError where a shape or a dtype is not as above.
     """
+    (x,) = autocast(x)
     check(x, weight, bias)
     routed = tensors_of(route, x.shape[0])
     chosen = resolve_for(impl, x, weight, bias, *routed)

@@ -231,6 +231,23 @@ def test_half_precision_beside_float32_under_autocast(op, impl):
 
 
 @every_backend
+def test_products_and_attention_take_autocasts_dtype(impl):
+    """As torch's own do: whatever reaches them in float32."""
+    x, weight = random(2, 5, DIM, dtype=torch.float32), torch.eye(DIM)
+    x.requires_grad_()
+    with torch.autocast(x.device.type, torch.bfloat16):
+        expected = torch.nn.functional.linear(x, weight)
+        out = linear(x, weight, impl=impl)
+        heads = split(x, 4, 2)
+        attended = flash_attention(heads, heads.bfloat16(), heads, impl=impl)
+        double = linear(x.double(), weight, impl="cpu")
+    assert out.dtype == attended.dtype == torch.bfloat16 and torch.equal(out, expected)
+    assert double.dtype == torch.float64
+    (out.float().sum() + attended.float().sum()).backward()
+    assert x.grad.dtype == torch.float32 and x.grad.isfinite().all()
+
+
+@every_backend
 def test_parameters_keep_their_dtype_in_gradients(impl):
     x = random(2, 5, DIM, dtype=torch.bfloat16).requires_grad_()
     states = split(x, 2, 4)
