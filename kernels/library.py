@@ -80,7 +80,7 @@ def differentiable(
         wanted = torch.is_grad_enabled() and any(
             isinstance(x, Tensor) and x.requires_grad for x in inputs
         )
-        if not wanted or torch.compiler.is_compiling():
+        if not wanted or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return op(*inputs)
         return function.apply(*inputs)
 

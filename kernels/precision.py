@@ -14,7 +14,9 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return tuple(
+        x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
+    )
 
 
 def refuse_float64(**tensors: torch.Tensor | None) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from ..kernels.accumulate import accumulate_into
 from ..kernels.backend import Backend, resolve_impl
@@ -177,15 +178,24 @@ def carve(slots: Tensor, layout: Layout) -> dict[str, Tensor]:
 
 
 def refuse_exchanged(mixers: Sequence[Any], saved: Sequence[Tensor]) -> None:
-    """Raise RuntimeError unless the mixers' parameters are those that autograd has saved, or lie
-    where they lie: gradient checkpointing hands out aliases."""
+    """Raise RuntimeError unless the mixers' parameters are those that autograd has saved. Gradient
+    checkpointing hands out others in their place, whose gradients would still go to them."""
     known = {id(parameter) for parameter in saved}
     others = [own for mixer in mixers for own in mixer.parameters() if id(own) not in known]
-    if not {own.data_ptr() for own in others} <= {parameter.data_ptr() for parameter in saved}:
+    if not others:
+        return
+    heirs = {id(heir_of(parameter)) for parameter in saved if parameter.requires_grad}
+    frozen = {parameter.data_ptr() for parameter in saved if not parameter.requires_grad}
+    if any(id(p) not in heirs if p.requires_grad else p.data_ptr() not in frozen for p in others):
         raise RuntimeError(
             "a mixer's parameter was exchanged between its forward and its backward pass, as "
             "torch.func.functional_call does: dispatch='device' takes none"
         )
+
+
+def heir_of(leaf: Tensor) -> Tensor | None:
+    """The tensor that autograd adds a leaf's gradients to."""
+    return getattr(get_gradient_edge(leaf).node, "variable", None)
 
 
 class DeviceDispatch(torch.autograd.Function):

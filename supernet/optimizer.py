@@ -137,6 +137,8 @@ class GatedAdamW(Optimizer):
         Parameters without a gradient are passed over, as in torch; under `decay` a gated one counts
         as having a zero gradient. Nothing is read from the device.
         """
+        if isinstance(closure, Tensor):
+            raise TypeError("step takes what was used by name: step(used=table.count)")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -158,11 +160,12 @@ class GatedAdamW(Optimizer):
 
     def used_or(self, used: Tensor | None) -> Tensor | None:
         """What was used in this step: as told, or else by the router, on the parameters' device."""
-        if used is not None or self.router is None:
+        gated = [p for g in self.param_groups if g["gate"] is not None for p in g["params"]]
+        if used is not None or self.router is None or not gated:
             return used
         if self.router.drawn == 0:
             raise ValueError("the router has drawn no table since the last step; call draw(batch)")
-        return self.router.used.to(self.param_groups[0]["params"][0].device, non_blocking=True)
+        return self.router.used.to(gated[0].device, non_blocking=True)
 
     def _split(self, group: Group) -> list[_Bucket]:
         kinds = _grouped((_kind(param), param) for param in group["params"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..kernels.precision import autocast
 from ..kernels.routing import MixerTable, Strategy, draw
 from .config import check_mixer_name
-from .device_dispatch import DeviceDispatch, check_routed
+from .device_dispatch import DeviceDispatch, RoutedMixer, check_routed
 from .metrics import Mean, accumulate
 from .mixers.packing import PACKED_KWARGS
 
@@ -59,11 +59,12 @@ class Router:
             self.step = torch.tensor(step, dtype=torch.int64, device=device)
         self.table: MixerTable | None = None
         self.counts = torch.zeros(layers, strategy.mixers, dtype=torch.int64, device=self.device)
-        self.begin_step()
+        self.used, self.drawn = torch.zeros_like(self.counts), 0
 
     def begin_step(self) -> None:
         """Forget what was used until now."""
-        self.used, self.drawn = torch.zeros_like(self.counts), 0
+        self.used.zero_()
+        self.drawn = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Router":
         return self
@@ -90,11 +91,12 @@ class StochasticMixer(nn.Module):
     router: where the table comes from in training unless forward is given one.
     main_mixer_name: the mixer of evaluation; defaults to the first.
     dispatch: device, host or dense. With device, mixers are those of `tossup.supernet.mixers`;
-        while they follow a table they take no padding, packed sequences or cache, are not called,
-        so that their hooks do not run, and find their gradients written to `.grad` by the backward
-        pass, `torch.autograd.grad`'s too. Activation memory is the largest mixer's.
-        `forget_gradients` replaces clearing gradients; it is for passes that follow a table, while
-        an evaluation's gradients are always added.
+        while they follow a table they take no padding, packed sequences or cache (and do not look,
+        on the device, for what `position_ids` alone would tell of them), are not called, so that
+        their hooks do not run, and find their gradients written to `.grad` by the backward pass,
+        `torch.autograd.grad`'s too. Activation memory is the largest mixer's. `forget_gradients`
+        replaces clearing gradients; it is for passes that follow a table, while an evaluation's
+        gradients are always added.
     streams: whether device dispatch launches each mixer on a CUDA stream of its own, so that mixers
         of different samples overlap.
     num_outputs: 1 returns a tensor; 2 returns (out, None) as attention in transformers does; 3
@@ -151,7 +153,8 @@ class StochasticMixer(nn.Module):
         # int32, per mixer, on the device, made of this number when there is one: above 0 gradients
         # are added to, as is right for what autograd or an optimizer left; at 0 overwritten.
         self.written: Tensor | int = 1
-        self.followed: MixerTable | None = None  # the router's, in the last forward pass
+        self.followed: list[MixerTable] = []  # the router's last two, since `passed_back`
+        self.passed_back = False
 
     def forget_gradients(self) -> None:
         """Let the next backward pass overwrite the mixers' gradients, whatever they hold.
@@ -195,6 +198,8 @@ class StochasticMixer(nn.Module):
             self._check_table(chosen, len(hidden_states))
             follow = {"device": self._device, "host": self._host, "dense": self._dense}
             out = follow[self.dispatch](call, chosen)
+            if self.followed and out.requires_grad and not torch.compiler.is_compiling():
+                out.register_hook(self._pass_back)
         return (out, None, past_key_values)[: self.num_outputs] if self.num_outputs > 1 else out
 
     def _chosen(self, table: MixerTable | None, placement: str | None) -> MixerTable | str:
@@ -215,14 +220,26 @@ class StochasticMixer(nn.Module):
                 "training follows a mixer table: call the router's draw(batch) before each step, "
                 "or pass table= or placement="
             )
-        if not in_backward():
-            self.followed = self.router.table
-        elif self.followed is not self.router.table:
-            raise ValueError(
-                "gradient checkpointing runs a forward pass again, but the router has drawn since: "
-                "call draw after the backward pass, or pass table="
-            )
+        self._follow(self.router.table)
         return self.router.table
+
+    def _follow(self, table: MixerTable) -> None:
+        """Keep track of what the router's tables were since the last backward pass: one of them is
+        what a forward pass followed that checkpointing runs again, and nothing tells which."""
+        if in_backward():
+            self.passed_back = True
+            if any(followed is not table for followed in self.followed):
+                raise ValueError(
+                    "gradient checkpointing runs a forward pass again, but the router has drawn "
+                    "since: call draw after the backward pass, or pass table="
+                )
+            return
+        if self.passed_back:
+            self.followed, self.passed_back = [], False
+        self.followed = [*self.followed[-1:], table]
+
+    def _pass_back(self, _gradient: Tensor) -> None:
+        self.passed_back = True
 
     def _device(self, call: "Call", table: MixerTable) -> Tensor:
         self._check_routed()  # again, as modules may have been exchanged
@@ -342,6 +359,8 @@ class Call:
         mixer = self.layer.mixers[name]
         reports: dict[str, dict[str, Any]] = {"losses": {}, "metrics": {}}
         kwargs = {**self.kwargs, **self.preprocessed.get(name, {})}
+        if isinstance(mixer, RoutedMixer) and len(self.hidden_states) != 1:
+            kwargs.pop("position_ids", None)  # they tell of packed sequences in one row alone
         kwargs = {key: self._rows_of(key, value, rows) for key, value in kwargs.items()}
         hidden_states = self.hidden_states if rows is None else self.hidden_states[rows]
         out = mixer(hidden_states, **accepted_kwargs(mixer, {**kwargs, **reports}))

@@ -67,7 +67,8 @@ class StepProjection(nn.Linear):
             nn.init.uniform_(self.weight, -std, std)
         if self.bias is not None:
             low, high = math.log(least), math.log(most)
-            dt = (torch.rand(self.out_features) * (high - low) + low).exp().clamp(min=floor)
+            dt = torch.empty_like(self.bias, dtype=torch.float32).uniform_(low, high)
+            dt = dt.exp().clamp(min=floor)
             self.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus, inverted
 
 
@@ -445,8 +446,7 @@ def depthwise_conv(channels: int, taps: int, bias: bool, **where: Any) -> nn.Con
 @torch.no_grad()
 def init_states(mixer: Mamba | GroupedMamba) -> None:
     """A of -1 … -d_state in every channel (Gu et al. 2022, S4D-Real), and D of ones."""
-    states = torch.arange(1, mixer.d_state + 1, dtype=torch.float32, device=mixer.A_log.device)
-    mixer.A_log.copy_(states.log().expand_as(mixer.A_log))
+    mixer.A_log.copy_(torch.ones_like(mixer.A_log).cumsum(-1).log())  # sharded or not
     mixer.D.fill_(1)
 
 

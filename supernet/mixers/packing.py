@@ -7,14 +7,17 @@ place: `seq_idx` numbers the sequences of a row, and their state starts anew whe
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 # What tells where packed sequences begin: Tossup's name, and transformers' two
 PACKED_KWARGS = frozenset({"cu_seqlens", "cu_seq_lens_q", "seq_idx"})
+
+
+KNOWN = WeakTensorKeyDictionary()  # what `remembered` made of masks and positions
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def packing_of(
         what transformers hands to attention, (batch or 1, 1, seqlen, seqlen), boolean or 0 where a
         key is seen: causal, with padding, packed sequences, and windows.
     left: how many tokens before its own a query of the mixer sees, -1 for all. None is a scan, for
-        which a mask's windows are no matter, and padding has to stand aside.
+        which a mask's windows are no matter; chunks, beyond which nothing is seen, are sequences to
+        it. Padding has to stand aside, but for attention without a window.
     cu_seqlens, cu_seq_lens_q: (sequences + 1,) int32, with a batch of one row of all sequences.
     seq_idx: (batch, seqlen), the number of each token's sequence.
     position_ids: of a batch of one row, (1, seqlen): a sequence begins where they do not go on, as
@@ -120,16 +124,15 @@ def remembered(
 ) -> Packing | None:
     """make(told, *others), once for all layers that are told the same: the host waits for it.
 
-    It is kept at the tensor, while nobody writes the tensor.
+    It is kept as long as the tensor is, and until torch sees it written.
     """
-    if told.is_inference():  # which counts no writes
+    if told.is_inference() or torch.compiler.is_compiling():  # neither counts writes
         return make(told, *others)
-    known: dict[Any, Packing | None]
-    version, known = getattr(told, "_packings", (None, {}))
+    version, known = KNOWN.get(told, (None, {}))
     if version != told._version:
         known = {}
-        told._packings = told._version, known  # type: ignore[attr-defined]
-    key = make, *others
+        KNOWN[told] = told._version, known
+    key = make, torch.is_inference_mode_enabled(), *others
     if key not in known:
         known[key] = make(told, *others)
     return known[key]
@@ -149,8 +152,10 @@ def packing_of_padding(mask: Tensor, batch: int, seqlen: int, left: int | None) 
     counts = mask.bool()
     begins = counts & ~F.pad(counts[:, :-1], (1, 0))
     whole, holes = torch.stack((counts.all(), (begins.sum(1) > 1).any())).tolist()
-    if holes and left is None:
-        raise ValueError("attention_mask must pad the sides alone: a scan goes on through padding")
+    if holes and left != -1:
+        raise ValueError(
+            "attention_mask must pad the sides alone: scans and windows do not pass over padding"
+        )
     return None if whole else Packing(counts.int(), True)
 
 
@@ -162,6 +167,11 @@ def packing_of_attention(mask: Tensor, batch: int, seqlen: int, left: int | None
             f"attention_mask of queries and keys must be ({batch}, 1, {seqlen}, {seqlen}), "
             f"got {tuple(mask.shape)}"
         )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            "attention_mask of queries and keys must be boolean, or 0 where a key is seen and"
+            f" negative elsewhere, got {mask.dtype}"
+        )
     sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
     # A query of padding sees nothing, or in some versions of transformers everything
     counts = sees.diagonal(dim1=1, dim2=2) & ~F.pad(sees[:, :-1, -1], (0, 1))
@@ -172,9 +182,10 @@ def packing_of_attention(mask: Tensor, batch: int, seqlen: int, left: int | None
         wrong = sees & ~expected
     else:
         wrong = (sees ^ expected).triu(-left if left >= 0 else -seqlen)
-    whole, wrong_anywhere = torch.stack(
-        ((numbers == 1).all(), (wrong & counts[..., None]).any())
-    ).tolist()
+    wrong = wrong & counts[..., None]
+    if mask.dtype != torch.bool:
+        wrong = wrong | (mask[:, 0] > 0)  # of zeros and ones, whose ones are seen
+    whole, wrong_anywhere = torch.stack(((numbers == 1).all(), wrong.any())).tolist()
     if wrong_anywhere:
         raise ValueError(
             "attention_mask must be causal, with padding and packed sequences at most"

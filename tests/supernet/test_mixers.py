@@ -15,6 +15,7 @@ from tests.oracles import selective_scan_ref
 from tests.supernet.host_reads import RefuseHostReads
 from tossup import Attention, Mamba
 from tossup.supernet.mixers import GroupedMamba
+from tossup.supernet.mixers.packing import KNOWN
 
 
 def close(ours, theirs):
@@ -199,6 +200,11 @@ def test_what_a_mixer_cannot_do_it_says(kind):
     block_mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 4, 4, "cpu")
     with pytest.raises(ValueError, match="must be a tensor, got BlockMask: attn_implementation"):
         mixer(x, attention_mask=block_mask)
+    for dtype in (torch.long, torch.uint8):
+        with pytest.raises(ValueError, match="must be boolean, or 0 where a key is seen"):
+            mixer(x, attention_mask=torch.ones(2, 1, 4, 4, dtype=dtype).tril())
+    with pytest.raises(ValueError, match="must be causal, with padding and packed"):
+        mixer(x, attention_mask=torch.ones(2, 1, 4, 4).tril())  # zeros and ones
     with pytest.raises(ValueError, match="batch of one row, got 2 rows"):
         mixer(x, cu_seqlens=torch.tensor([0, 4]).int())
     with pytest.raises(ValueError, match=r"seq_idx must be of shape \(2, 4\), got \(1, 4\)"):
@@ -232,6 +238,17 @@ def test_what_a_mask_says_is_read_once_for_all_layers(kind):
             mixer(x, attention_mask=mask)
             mask[0] = 1
         assert torch.equal(mixer(x, attention_mask=mask), mixer(x))
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6])
+    with torch.inference_mode():
+        mixer(x, attention_mask=mask)
+    mixer(x, attention_mask=mask).sum().backward()
+    compiled = torch.compile(mixer, backend="aot_eager")
+    assert torch.equal(compiled(x, attention_mask=mask), mixer(x, attention_mask=mask))
+    mask.fill_(1)
+    close(compiled(x, attention_mask=mask), mixer(x))
+    seen_alone = len(KNOWN)
+    del mask, padding, seen, packed, told
+    assert len(KNOWN) < seen_alone
 
 
 def windowed(seqlen: int, left: int) -> Tensor:
@@ -261,10 +278,10 @@ def test_padding_within_a_sequence(kind):
     torch.manual_seed(0)
     mixer, x = MIXERS[kind](), torch.randn(1, 6, 16)
     mask = torch.tensor([[1, 1, 0, 0, 1, 1]])
-    if kind.startswith("mamba"):
-        with pytest.raises(ValueError, match="must pad the sides alone: a scan goes on"):
+    if kind != "attention":
+        with pytest.raises(ValueError, match="must pad the sides alone: scans and windows"):
             mixer(x, attention_mask=mask)
-    elif kind == "attention":
+    else:
         mixer.rope_theta = None
         close(mixer(x, attention_mask=mask)[mask.bool()], mixer(x[mask.bool()][None])[0])
 

@@ -118,6 +118,16 @@ for step in range(3):
     torch.testing.assert_close(*norms)
 for ours, theirs in zip(model.parameters(), whole.parameters()):
     torch.testing.assert_close(ours.full_tensor().data, theirs.data)
+for make in (lambda: tossup.Mamba(16, d_state=4), lambda: tossup.GroupedMamba(16, 16, 8, 4)):
+    with torch.device("meta"):
+        mixer = make()
+    fully_shard(mixer, mesh=mesh)
+    mixer.to_empty(device="cpu")
+    mixer.reset_parameters()
+    A_log, bias = mixer.A_log.full_tensor(), mixer.dt_proj.bias.full_tensor()
+    assert torch.equal(A_log, torch.arange(1.0, 5).log().expand_as(A_log))
+    dt = torch.nn.functional.softplus(bias)
+    assert 0.001 <= dt.min() and dt.max() <= 0.1 and (mixer.D.full_tensor() == 1).all()
 if dist.get_rank() == 0:
     print("the same", flush=True)
 dist.destroy_process_group()

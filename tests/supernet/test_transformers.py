@@ -106,6 +106,20 @@ def test_packed_sequences_give_what_they_give_alone(attention, told):
     close(packed, torch.cat(alone))
 
 
+def test_positions_tell_of_packed_sequences_in_a_batch_of_one_row_alone():
+    """Also where a single row of several is routed to a mixer."""
+    x, positions = torch.randn(3, 7, 32), torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    mixers = {"attention": Attention(32, heads=4), "mamba": Mamba(32)}
+    table = MixerTable.of(torch.tensor([[0, 1, 0]]), mixers=2, batch=3)
+    outs = [
+        StochasticMixer(mixers, dispatch=dispatch)(x, table=table, position_ids=positions)
+        for dispatch in ("host", "dense", "device")
+    ]
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], rtol=1e-4, atol=1e-5)
+    close(outs[0][1], mixers["mamba"](x[1:2])[0])
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_follows_the_table_of_the_forward_pass(reentrant):
     tokens = torch.randint(50, (4, 9))
@@ -123,10 +137,38 @@ def test_gradient_checkpointing_follows_the_table_of_the_forward_pass(reentrant)
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected)
+    sentence = "checkpointing runs a forward pass again, but the router"
     loss = model(tokens, labels=tokens).loss
     router.draw(batch=4)
-    with pytest.raises(ValueError, match="checkpointing runs a forward pass again, but the router"):
+    with pytest.raises(ValueError, match=sentence):
         loss.backward()
+    losses = []
+    for _ in range(2):
+        router.draw(batch=4)
+        losses.append(model(tokens, labels=tokens).loss)
+    with pytest.raises(ValueError, match=sentence):
+        sum(losses).backward()
+
+
+def test_checkpointing_may_be_turned_on_later():
+    model, router = supernet()
+    model.train()
+    tokens = torch.randint(50, (4, 9))
+    for step in range(4):
+        if step == 2:
+            model.gradient_checkpointing_enable()
+        router.draw(batch=4)
+        model(tokens, labels=tokens).loss.backward()
+
+
+def test_a_captured_step_forgets_what_was_used():
+    """What a CUDA graph replays writes the same memory."""
+    model, router = supernet()
+    optimizer = GatedAdamW(parameter_groups(model), router=router)
+    used = router.used
+    router.draw(batch=2)
+    optimizer.step()
+    assert router.used is used and not used.any()
 
 
 def test_a_loop_that_knows_no_tables_trains_what_was_used():
