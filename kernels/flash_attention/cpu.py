@@ -48,7 +48,8 @@ def forward(
     options = Options(left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed)
     if cu_seqlens_q is None and count is None and into is None:  # the results as they come
         out, lse = attend(q, k, v, options, torch.arange(len(q)))
-        return out.contiguous(), lse.transpose(-1, -2).contiguous()
+        # Detached, they are views no more, which nobody could change in place
+        return out.contiguous().detach(), lse.transpose(-1, -2).contiguous().detach()
 
     out, lse = into or (
         q.new_empty(q.shape),

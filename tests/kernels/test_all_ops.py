@@ -286,6 +286,14 @@ def test_exports_with_a_batch_of_any_size(op):
 
 
 @every_op
+@every_backend
+def test_results_may_be_changed_in_place(op, impl):
+    x = random(2, 5, DIM, dtype=EXACT[impl]).requires_grad_()
+    for result in op(x, impl=impl):
+        result.mul_(2)
+
+
+@every_op
 def test_eager_and_registered_gradients_are_the_same(op, monkeypatch):
     """Both ways there are: by a function of autograd's own, and by what torch.library registers."""
     x = random(2, 5, DIM)
