@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-# The two factors stand in functions, as Triton compares a kernel's constants of a module with what
-# they were when it was compiled, at each launch, in some microseconds each.
+# The two factors stand in functions: constants of a module would be compared at each launch with
+# what they were when a kernel was compiled, in about a microsecond each.
 
 
 @triton.jit

@@ -6,8 +6,7 @@ PROGRAMS = 65535  # that the second and the third axis of a grid hold; the first
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own takes the host a hundred times as long, as it also serves in
-    kernels."""
+    """a / b, rounded up. Triton's own, which serves in kernels too, takes the host 2.6 µs."""
     return -(-a // b)
 
 

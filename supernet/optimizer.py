@@ -160,9 +160,11 @@ class GatedAdamW(Optimizer):
 
     def used_or(self, used: Tensor | None) -> Tensor | None:
         """What was used in this step: as told, or else by the router, on the parameters' device."""
-        gated = [p for g in self.param_groups if g["gate"] is not None for p in g["params"]]
-        if used is not None or self.router is None or not gated:
+        if used is not None or self.router is None:
             return used
+        gated = [p for g in self.param_groups if g["gate"] is not None for p in g["params"]]
+        if not gated:
+            return None
         if self.router.drawn == 0:
             raise ValueError("the router has drawn no table since the last step; call draw(batch)")
         return self.router.used.to(gated[0].device, non_blocking=True)

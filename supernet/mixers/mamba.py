@@ -53,7 +53,7 @@ class StepProjection(nn.Linear):
     def __init__(self, rank: int, channels: int, bias: bool, steps: StepSizes, **where: Any):
         if steps.init not in ("random", "constant"):
             raise ValueError(f"dt_init takes random or constant, got {steps.init!r}")
-        self.steps = steps
+        self.steps = steps  # which Linear's constructor asks for, by reset_parameters
         super().__init__(rank, channels, bias=bias, **where)
 
     @torch.no_grad()

@@ -130,6 +130,13 @@ def test_shared_flops_are_the_matrices_that_every_token_meets(tie):
     assert model.flops_per_token(7, ["attention"] * 3) == mixers + 2 * matrices
 
 
+def test_logits_of_the_last_tokens_alone():
+    model = supernet().eval()
+    whole = model(TOKENS)
+    for kept in (1, 3, 9):
+        torch.testing.assert_close(model(TOKENS, logits_to_keep=kept), whole[:, -kept:])
+
+
 def test_sandwich_takes_all_main_then_all_cheapest():
     model = supernet(sampling_strategy="sandwich", cheapest_mixer_name="mamba")
     assert (model.draw(0, 0, 2).table == 0).all() and (model.draw(0, 1, 2).table == 1).all()
