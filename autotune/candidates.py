@@ -14,6 +14,7 @@ from ..kernels.configs import Config, Fact, Key
 Facts = Mapping[str, Fact]
 Held = Callable[[Config, Facts], int]
 THREADS = 32  # of a warp
+REGISTERS, OTHERS = 65536, 48  # of a multiprocessor; that a thread needs beside what it holds
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,28 @@ def candidates(key: Key, heuristic: Config) -> list[Config]:
         config = dict(zip(choices, values, strict=True))
         warps = config.get("num_warps") or config["warps"]
         per_thread = space.held(config, facts) / (THREADS * warps)
-        if space.least <= per_thread <= space.most and config != heuristic:
+        together = config.get("programs", 1) * warps * THREADS * (per_thread + OTHERS)
+        if not space.least <= per_thread <= space.most or together > REGISTERS:
+            continue
+        if config != heuristic:
             found.append(config)
     return found
+
+
+def by_descriptor(facts: Facts) -> tuple[int, ...]:
+    """Whether tiles are loaded by descriptors: by pointers too where both can be."""
+    return (0, 1) if facts["described"] else (0,)
 
 
 def of_attention(facts: Facts) -> Mapping[str, tuple[int, ...]]:
     if facts["dtype"] == "torch.float32":  # no matrix unit: a tile of products is many instructions
         return {
             "BLOCK_M": (16, 32, 64), "BLOCK_N": (16, 32, 64), "num_warps": (4, 8),
-            "num_stages": (1, 2),
+            "num_stages": (1, 2), "described": (0,),
         }  # fmt: skip
     return {
         "BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8),
-        "num_stages": (2, 3, 4),
+        "num_stages": (2, 3, 4), "described": by_descriptor(facts),
     }  # fmt: skip
 
 
@@ -63,6 +72,7 @@ def of_decoding(facts: Facts) -> Mapping[str, tuple[int, ...]]:
     return {
         "BLOCK_M": (16,), "BLOCK_N": (16, 32, 64, 128), "num_warps": (1, 2, 4, 8),
         "num_stages": (1, 2) if facts["dtype"] == "torch.float32" else (2, 3, 4, 5),
+        "described": (0,),
     }  # fmt: skip
 
 
@@ -79,8 +89,9 @@ def of_linear(facts: Facts) -> Mapping[str, tuple[int, ...]]:
     full = facts["left"] == "torch.float32"  # as in `of_attention`
     sides = (32, 64, 128) if full else (64, 128, 256)
     return {
-        "rows": sides, "columns": sides, "inner": (16, 32) if full else (32, 64, 128),
+        "rows": sides, "columns": sides, "inner": (16, 32) if full else (64, 128),
         "warps": (4, 8), "stages": (3, 4), "programs": (1, 2, 3),
+        "described": by_descriptor(facts),
     }  # fmt: skip
 
 

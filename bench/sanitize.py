@@ -6,6 +6,7 @@ compute-sanitizer --tool memcheck python bench/sanitize.py
 import torch
 
 import tossup
+from tossup.kernels import descriptors
 from tossup.kernels.accumulate import accumulate_into
 
 BATCH, SEQLEN, HEADS, KV_HEADS, DIM, STATES = 3, 130, 4, 2, 72, 16
@@ -105,6 +106,9 @@ def main() -> None:
     for op in (attention, mamba, positions, repetitions, projections, sums, decode):
         for mixer in range(2):
             op(table.route(1, mixer))
+    descriptors.BRIEF = 0  # tiles by descriptors, which small sizes do without
+    for op in (attention, projections):
+        op(table.route(1, 0))
     torch.cuda.synchronize()
 
 

@@ -96,11 +96,12 @@ def entry_of(values: Any, where: str) -> Entry:
     for name, kind in MEMBERS.items():
         if not isinstance(values[name], kind):
             raise ValueError(f"{where}: {name} is of another kind, got {values[name]!r}")
-    for name in ("sizes", "config"):
+    for name, least in (("sizes", 1), ("config", 0)):
         for what, number in (values[name] or {}).items():
-            if type(number) is not int or number < 1:
+            if type(number) is not int or number < least:
                 raise ValueError(
-                    f"{where}: {name} takes whole numbers from 1 on, got {number!r} for {what}"
+                    f"{where}: {name} takes whole numbers from {least} on,"
+                    f" got {number!r} for {what}"
                 )
     for what, fact in values["facts"].items():
         if not isinstance(fact, Fact):

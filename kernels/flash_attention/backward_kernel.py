@@ -65,7 +65,7 @@ def gather_dq(
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "left", "right", "threshold"])
 def dq_kernel(
     dout_ptr, dlse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, slopes_ptr, seed_ptr,
-    cu_q_ptr, cu_k_ptr, count_ptr, samples_ptr, dq_ptr, base_ptr, delta_ptr,
+    cu_q_ptr, cu_k_ptr, count_ptr, samples_ptr, dq_ptr, base_ptr, delta_ptr, k_tiles, v_tiles,
     seqlen_q, seqlen_k, group, left, right, scale, softcap, threshold: tl.uint32, keep_scale,
     stride_dout, stride_dlse, stride_q, stride_k, stride_v, stride_slopes, stride_out, stride_lse,
     stride_dq, stride_delta,
@@ -97,8 +97,12 @@ def dq_kernel(
     douts = tiles_of(dout_ptr, stride_dout, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
     outs = tiles_of(out_ptr, stride_out, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
     dqs = tiles_of(dq_ptr, stride_dq, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
-    keys = tiles_of(k_ptr, stride_k, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET)
-    values = tiles_of(v_ptr, stride_v, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET)
+    keys = tiles_of(
+        k_ptr, stride_k, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET, k_tiles
+    )
+    values = tiles_of(
+        v_ptr, stride_v, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET, v_tiles
+    )
     i = first + tl.arange(0, BLOCK_M)
 
     # [BLOCK_M, BLOCK_D]
@@ -168,7 +172,7 @@ def gather_dkdv(
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "left", "right", "threshold"])
 def dkdv_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, base_ptr, delta_ptr, slopes_ptr, seed_ptr,
-    cu_q_ptr, cu_k_ptr, count_ptr, samples_ptr, dk_ptr, dv_ptr,
+    cu_q_ptr, cu_k_ptr, count_ptr, samples_ptr, dk_ptr, dv_ptr, q_tiles, dout_tiles,
     seqlen_q, seqlen_k, group, left, right, scale, softcap, threshold: tl.uint32, keep_scale,
     stride_dout, stride_q, stride_k, stride_v, stride_slopes, stride_delta, stride_dk,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -209,8 +213,10 @@ def dkdv_kernel(
             seed = tl.load(seed_ptr)
         scoring = (scale, softcap, slope)
         dropout = (seed, threshold, keep_scale, sample.to(tl.int32), head)
-        queries = tiles_of(q_ptr, stride_q, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
-        douts = tiles_of(dout_ptr, stride_dout, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
+        queries = tiles_of(q_ptr, stride_q, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET, q_tiles)
+        douts = tiles_of(
+            dout_ptr, stride_dout, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET, dout_tiles
+        )
         place = sample * stride_delta[0] + tl.cast(head, tl.int64) * stride_delta[1] + row_q
         dk, dv = gather_dkdv(
             dk, dv, k, v, queries, douts, base_ptr + place, delta_ptr + place, start, stop, j,

@@ -59,7 +59,7 @@ def attend(
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "left", "right", "threshold", "parts"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, slopes_ptr, seed_ptr, cu_q_ptr, cu_k_ptr, count_ptr, samples_ptr,
-    out_ptr, lse_ptr,
+    out_ptr, lse_ptr, k_tiles, v_tiles,
     seqlen_q, seqlen_k, group, left, right, scale, softcap, threshold: tl.uint32, keep_scale, parts,
     stride_q, stride_k, stride_v, stride_slopes, stride_out, stride_lse, stride_parts,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -96,8 +96,12 @@ def forward_kernel(
     scoring = (scale, softcap, slope)
     dropout = (seed, threshold, keep_scale, sample.to(tl.int32), head)
     queries = tiles_of(q_ptr, stride_q, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
-    keys = tiles_of(k_ptr, stride_k, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET)
-    values = tiles_of(v_ptr, stride_v, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET)
+    keys = tiles_of(
+        k_ptr, stride_k, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET, k_tiles
+    )
+    values = tiles_of(
+        v_ptr, stride_v, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET, v_tiles
+    )
     outs = tiles_of(out_ptr, stride_out, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
     i = first + tl.arange(0, BLOCK_M)
 

@@ -34,8 +34,10 @@ import math
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import configs
+from ..descriptors import describable, describe, pay
 from ..launch import PROGRAMS, cdiv, next_power_of_2, refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
 from ..target import arch, processors
@@ -50,6 +52,10 @@ FEW, RESIDENT, SHORTEST, MOST = 16, 2, 256, 64
 # The tile that a program holds, the tile that it goes through, and the stages of the pipeline, by
 # the head dim that fits. Found by compiling offline: the largest that spill no register.
 Tiles = dict[str, dict[int, tuple[int, int, int]]]
+DESCRIBED: Tiles = {  # sm_90, sm_100: keys and values that descriptors load
+    "forward": {64: (128, 128, 3), 128: (128, 128, 2), 256: (128, 32, 2)},
+    "dq": {64: (128, 64, 3), 128: (128, 64, 3)},
+}
 WARPGROUPS: Tiles = {  # sm_90, sm_100: 227 KB of shared memory, products by warpgroups
     "forward": {64: (128, 128, 3), 128: (128, 64, 3), 256: (128, 32, 2)},
     "decode": {64: (16, 128, 3), 128: (16, 64, 3), 256: (16, 32, 3)},
@@ -72,41 +78,50 @@ LANES: Tiles = {  # float32, whose products have no matrix unit
 
 def configure(
     kernel: str, q: Tensor, queries: int, keys: int, sequences: int, window: tuple[int, int],
-    busy: bool,
+    described: bool, busy: bool,
 ) -> dict[str, int]:  # fmt: skip
     """Tiles, warps and stages of a kernel: forward, the same for few queries, dq or dkdv.
 
-    queries, keys: of the longest sequence. window: (left, right). busy: whether softcap, ALiBi or
-    dropout need registers of their own.
+    queries, keys: of the longest sequence. window: (left, right). described: whether descriptors
+    can load the tiles that it goes through; in the result, whether they do. busy: whether softcap,
+    ALiBi or dropout need registers of their own.
     """
     heads, head_dim = q.shape[-2:]
     left, right = window
     facts = {
         "dtype": str(q.dtype), "head_dim": head_dim, "left": left >= 0, "right": right >= 0,
-        "busy": busy,
+        "described": described, "busy": busy,
     }  # fmt: skip
     sizes = {
         "queries": (queries, 16384),
         "keys": (keys if left < 0 else min(left + 1, keys), 16384),  # that a query sees
         "heads": (sequences * heads, 256),
     }
-    tiles = heuristic(kernel, head_dim, q.dtype, busy)
+    described = described and pay(sequences * heads * head_dim * queries * keys)
+    tiles = heuristic(kernel, head_dim, q.dtype, described, busy)
     chosen = configs.choose(f"flash_attention.{kernel}", facts, sizes, tiles)
     return {"BLOCK_D": max(16, next_power_of_2(head_dim)), **chosen}
 
 
-def heuristic(kernel: str, head_dim: int, dtype: torch.dtype, busy: bool) -> dict[str, int]:
+def heuristic(
+    kernel: str, head_dim: int, dtype: torch.dtype, described: bool, busy: bool
+) -> dict[str, int]:
     """What a kernel takes untuned."""
+    warpgroups = dtype != torch.float32 and arch() in (90, 100)
     if dtype == torch.float32:
         tiles = LANES
     else:
-        tiles = WARPGROUPS if arch() in (90, 100) else WARPS
+        tiles = WARPGROUPS if warpgroups else WARPS
+    if described and warpgroups and not busy and head_dim <= max(DESCRIBED.get(kernel, [0])):
+        tiles = DESCRIBED
     held, walked, stages = next(t for limit, t in tiles[kernel].items() if head_dim <= limit)
     if (busy or (kernel == "dkdv" and arch() == 100)) and walked > 16:
         walked //= 2
     block_m, block_n = (walked, held) if kernel == "dkdv" else (held, walked)
-    warps = 4 if kernel == "decode" else 8
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    return {
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4 if kernel == "decode" else 8,
+        "num_stages": stages, "described": int(tiles is DESCRIBED),
+    }  # fmt: skip
 
 
 def check(q: Tensor) -> None:
@@ -138,6 +153,16 @@ def offsets_within(*tiles: Tensor) -> tl.dtype:
     """The integer that holds every offset within a tile, of up to 256 rows."""
     reach = max(256 * x.stride(-3) + 256 * x.stride(-1) for x in tiles)
     return tl.int32 if reach < 2**31 else tl.int64
+
+
+def descriptors(
+    config: dict[str, int], block: str, *tensors: Tensor
+) -> tuple[TensorDescriptor | None, ...]:
+    """Of tensors (batch, seqlen, heads, head_dim), in tiles of one head, if the configuration wants
+    them. block: the name of their rows in it."""
+    if not config.pop("described"):
+        return (None,) * len(tensors)
+    return tuple(describe(x, 1, config[block], 1, config["BLOCK_D"]) for x in tensors)
 
 
 def is_busy(softcap: float, alibi_slopes: Tensor | None, dropout_seed: Tensor | None) -> bool:
@@ -184,14 +209,17 @@ def forward(
     )
     busy = is_busy(softcap, alibi_slopes, dropout_seed)
     group_fits = seqlen_q == 1 and heads <= FEW * k.shape[-2]
-    if cu_seqlens_q is None and group_fits and not busy and lse.stride(1) == 1:
+    dense = cu_seqlens_q is None
+    if dense and group_fits and not busy and lse.stride(1) == 1:
         q, k, v, out, lse = by_group(q, k, v, out, lse, left)
         left = right = -1
         *_, seqlen_q, heads, head_dim = q.shape
     sequences, longest_q, longest_k = extents(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
     few = longest_q <= FEW
-    shape = q, longest_q, longest_k, sequences, (left, right), busy
-    config = configure("decode" if few else "forward", *shape)
+    shape = q, longest_q, longest_k, sequences, (left, right)
+    described = dense and not few and describable(k, v)
+    config = configure("decode" if few else "forward", *shape, described, busy)
+    tiles = descriptors(config, "BLOCK_N", k, v)
     grid = grid_of(heads, longest_q, config["BLOCK_M"], sequences)
     seen = longest_k if left < 0 else min(longest_k, left + longest_q)
     parts = parts_of(heads * sequences, seen) if few else 1
@@ -203,7 +231,7 @@ def forward(
         outs, lses = outs[0], lses[0]
     forward_kernel[grid](
         q, k, v, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k, count, samples, outs, lses,
-        *shared_arguments(q, k, left, right, scale, softcap, dropout_p),
+        *tiles, *shared_arguments(q, k, left, right, scale, softcap, dropout_p),
         None if apart is None else parts, strides(q, 4), strides(k, 4), strides(v, 4),
         strides(alibi_slopes, 2), strides(outs, 4), strides(lses, 3), apart,
         HEAD_DIM=head_dim, OFFSET=offsets_within(q, k, v, outs), **config,
@@ -245,20 +273,22 @@ def backward(
     arguments = shared_arguments(q, k, left, right, scale, softcap, dropout_p)
     offset = offsets_within(dout, q, k, v, out)
 
-    shape = q, longest_q, longest_k, sequences, (left, right), busy
-    config = configure("dq", *shape)
+    shape, dense = (q, longest_q, longest_k, sequences, (left, right)), cu_seqlens_q is None
+    config = configure("dq", *shape, dense and describable(k, v), busy)
+    tiles = descriptors(config, "BLOCK_N", k, v)
     dq_kernel[grid_of(heads, longest_q, config["BLOCK_M"], sequences)](
         dout, dlse, q, k, v, out, lse, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k,
-        count, samples, dq, base, delta, *arguments,
+        count, samples, dq, base, delta, *tiles, *arguments,
         strides(dout, 4), strides(dlse, 3), strides(q, 4), strides(k, 4), strides(v, 4),
         strides(alibi_slopes, 2), strides(out, 4), strides(lse, 3), strides(dq, 4),
         strides(delta, 3),
         HEAD_DIM=head_dim, OFFSET=offset, **config,
     )  # fmt: skip
-    config = configure("dkdv", *shape)
+    config = configure("dkdv", *shape, dense and describable(q, dout), busy)
+    tiles = descriptors(config, "BLOCK_M", q, dout)
     dkdv_kernel[grid_of(k.shape[-2], longest_k, config["BLOCK_N"], sequences)](
         dout, q, k, v, base, delta, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k,
-        count, samples, dk, dv, *arguments,
+        count, samples, dk, dv, *tiles, *arguments,
         strides(dout, 4), strides(q, 4), strides(k, 4), strides(v, 4), strides(alibi_slopes, 2),
         strides(delta, 3), strides(dk, 4),
         HEAD_DIM=head_dim, OFFSET=offset, **config,

@@ -19,17 +19,23 @@ def span(cu_seqlens_ptr, sample, seqlen):
 
 @triton.jit
 def tiles_of(
-    ptr, stride, sample, row, head, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, OFFSET: tl.constexpr
+    ptr, stride, sample, row, head, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    OFFSET: tl.constexpr, descriptor=None,
 ):  # fmt: skip
     """The tiles [BLOCK, BLOCK_D] of a head's sequence, which begins at `row`.
 
-    stride: (batch, seqlen, heads, head_dim).
-    Returns where the sequence begins, the offsets within a tile, and the stride from row to row.
-    The first two are kept apart, as an offset then takes one register.
+    stride: (batch, seqlen, heads, head_dim). descriptor: of the tensor, whose row is 0; or None.
+    Returns where the sequence begins, the offsets within a tile, and the stride from row to row;
+    the first two are kept apart, as an offset then takes one register. Or the descriptor, and the
+    sample and the head to ask it for.
     """
-    start = ptr + sample * stride[0] + row * stride[1] + tl.cast(head, tl.int64) * stride[2]
-    t, d = tl.arange(0, BLOCK).to(OFFSET), tl.arange(0, BLOCK_D).to(OFFSET)
-    return start, t[:, None] * stride[1] + d[None, :] * stride[3], stride[1]
+    if descriptor is not None:
+        tiles = descriptor, sample.to(tl.int32), head
+    else:
+        start = ptr + sample * stride[0] + row * stride[1] + tl.cast(head, tl.int64) * stride[2]
+        t, d = tl.arange(0, BLOCK).to(OFFSET), tl.arange(0, BLOCK_D).to(OFFSET)
+        tiles = start, t[:, None] * stride[1] + d[None, :] * stride[3], stride[1]
+    return tiles
 
 
 @triton.jit
@@ -45,13 +51,17 @@ def tile_at(tiles, first, seqlen, HEAD_DIM: tl.constexpr):
 @triton.jit
 def load_tile(tiles, first, seqlen, HEAD_DIM: tl.constexpr, EDGE: tl.constexpr):
     """A tile, with zeros where nothing is. Unless EDGE, all its rows are there."""
-    ptrs, there = tile_at(tiles, first, seqlen, HEAD_DIM)
-    if EDGE:
-        tile = tl.load(ptrs, mask=there, other=0.0)
-    elif ptrs.shape[1] != HEAD_DIM:
-        tile = tl.load(ptrs, mask=(tl.arange(0, ptrs.shape[1]) < HEAD_DIM)[None, :], other=0.0)
+    if isinstance(tiles[0], tl.tensor_descriptor):
+        tile = tiles[0].load([tiles[1], first, tiles[2], 0])
+        tile = tile.reshape(tile.shape[1], tile.shape[3])
     else:
-        tile = tl.load(ptrs)
+        ptrs, there = tile_at(tiles, first, seqlen, HEAD_DIM)
+        if EDGE:
+            tile = tl.load(ptrs, mask=there, other=0.0)
+        elif ptrs.shape[1] != HEAD_DIM:
+            tile = tl.load(ptrs, mask=(tl.arange(0, ptrs.shape[1]) < HEAD_DIM)[None, :], other=0.0)
+        else:
+            tile = tl.load(ptrs)
     return tile
 
 

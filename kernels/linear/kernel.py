@@ -2,7 +2,9 @@
 
 As many programs as the GPU holds share out the tiles of y; a tile is of one sample, so with no
 sample there is no tile, and the programs leave after one load. Tiles that run together are
-neighbours in both directions, so that most of what they read comes from L2.
+neighbours in both directions, so that most of what they read comes from L2. On Hopper descriptors
+load and store tiles of 16-bit numbers, whose addresses would take a quarter of the registers; what
+they cannot describe goes through pointers, as on other GPUs.
 
 A program adds up a tile of dW over all tokens. Where tiles are too few to fill the GPU, programs
 share the tokens of a tile, and `sum_kernel` adds up their parts in one order: no atomics, and
@@ -24,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
+from ..descriptors import describable, describe, pay
 from ..dot import dot
 from ..launch import cdiv, strides
 from ..precision import refuse_float64
@@ -59,64 +62,95 @@ def tile_at(tile, rows, columns):
     return first + tile % width % height, tile % width // height
 
 
+@triton.jit
+def load_tokens(tiles, sample, t, feature):
+    """A tile [tokens, features] of one sample, by its descriptor."""
+    tile = tiles.load([sample.to(tl.int32), t.to(tl.int32), tl.cast(feature, tl.int32)])
+    return tile.reshape(tile.shape[1], tile.shape[2])
+
+
 @triton.jit(do_not_specialize=["batch", "seqlen"])
 def linear_kernel(
-    x_ptr, weight_ptr, bias_ptr, count_ptr, samples_ptr, out_ptr,
+    x_ptr, weight_ptr, bias_ptr, count_ptr, samples_ptr, out_ptr, x_tiles, weight_tiles, out_tiles,
     batch, seqlen, in_features, out_features, stride_x, stride_weight, stride_bias, stride_out,
-    ACCUMULATE: tl.constexpr, EVEN_K: tl.constexpr,
+    ACCUMULATE: tl.constexpr, EVEN_K: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Every num_programs-th tile of the active samples.
 
-    stride_x, stride_out: (batch, seqlen, feature). stride_weight: (out, in).
+    x_tiles, weight_tiles, out_tiles: descriptors of the same, the first two or all, or None.
+    stride_x, stride_out: (batch, seqlen, feature). stride_weight: (out, in). TRANSPOSED: whether
+    weight_tiles are (in, out).
     """
+    # Loads of the next tile run while this one is stored, where that takes no memory for layouts
+    OVERLAP: tl.constexpr = out_tiles is not None and bias_ptr is None and not ACCUMULATE
+    active = active_samples(count_ptr, batch)
+    if x_tiles is not None and active == 0:  # or loads would go ahead of the loop's first test
+        return
     tiles_m, tiles_n = tl.cdiv(seqlen, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
-    rows = active_samples(count_ptr, batch) * tiles_m
-    for tile in tl.range(tl.program_id(0), rows * tiles_n, tl.num_programs(0)):
+    rows = active * tiles_m
+    for tile in tl.range(tl.program_id(0), rows * tiles_n, tl.num_programs(0), flatten=OVERLAP):
         row, column = tile_at(tile, rows, tiles_n)
         sample = sample_at(samples_ptr, row // tiles_m)
-        t = (row % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        n = column.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        first_t, first_n = (row % tiles_m).to(tl.int64) * BLOCK_M, column.to(tl.int64) * BLOCK_N
+        t, n = first_t + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K).to(tl.int64)
         of_x, of_weight = (t < seqlen)[:, None], (n < out_features)[None, :]
         out = out_ptr + sample * stride_out[0]
 
         # [BLOCK_M, BLOCK_N]
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if ACCUMULATE:  # from the start, as at the end there are no registers for it
+        if ACCUMULATE and out_tiles is not None:
+            acc += load_tokens(out_tiles, sample, first_t, first_n)
+        elif ACCUMULATE:  # from the start, as at the end there are no registers for it
             outs = out + t[:, None] * stride_out[1] + n[None, :] * stride_out[2]
             acc += tl.load(outs, mask=of_x & of_weight, other=0.0).to(tl.float32)
         xs = x_ptr + sample * stride_x[0] + t[:, None] * stride_x[1] + k[None, :] * stride_x[2]
         weights = weight_ptr + n[None, :] * stride_weight[0] + k[:, None] * stride_weight[1]
         for first in tl.range(0, in_features, BLOCK_K):
-            x_there, weight_there = of_x, of_weight
-            if not EVEN_K:
-                inside = first + k < in_features
-                x_there, weight_there = of_x & inside[None, :], of_weight & inside[:, None]
-            x = tl.load(xs, mask=x_there, other=0.0)  # [BLOCK_M, BLOCK_K]
-            weight = tl.load(weights, mask=weight_there, other=0.0)  # [BLOCK_K, BLOCK_N]
+            # [BLOCK_M, BLOCK_K] and [BLOCK_K, BLOCK_N]
+            if x_tiles is not None:
+                x = load_tokens(x_tiles, sample, first_t, first)
+                if TRANSPOSED:
+                    weight = weight_tiles.load([first, first_n.to(tl.int32)])
+                else:
+                    weight = weight_tiles.load([first_n.to(tl.int32), first]).T
+            else:
+                x_there, weight_there = of_x, of_weight
+                if not EVEN_K:
+                    inside = first + k < in_features
+                    x_there, weight_there = of_x & inside[None, :], of_weight & inside[:, None]
+                x = tl.load(xs, mask=x_there, other=0.0)
+                weight = tl.load(weights, mask=weight_there, other=0.0)
+                xs += tl.cast(BLOCK_K, tl.int64) * stride_x[2]
+                weights += tl.cast(BLOCK_K, tl.int64) * stride_weight[1]
             acc = dot(x, weight.to(x.dtype), acc)
-            xs += tl.cast(BLOCK_K, tl.int64) * stride_x[2]
-            weights += tl.cast(BLOCK_K, tl.int64) * stride_weight[1]
 
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + n * stride_bias, mask=n < out_features, other=0.0)
             acc += bias.to(x_ptr.dtype.element_ty).to(tl.float32)[None, :]
-        outs = out + t[:, None] * stride_out[1] + n[None, :] * stride_out[2]
-        tl.store(outs, acc.to(out_ptr.dtype.element_ty), mask=of_x & of_weight)
+        if out_tiles is not None:
+            values = acc.to(out_tiles.dtype).reshape(1, BLOCK_M, BLOCK_N)
+            place = [sample.to(tl.int32), first_t.to(tl.int32), first_n.to(tl.int32)]
+            out_tiles.store(place, values)
+        else:
+            outs = out + t[:, None] * stride_out[1] + n[None, :] * stride_out[2]
+            tl.store(outs, acc.to(out_ptr.dtype.element_ty), mask=of_x & of_weight)
 
 
 @triton.jit(do_not_specialize=["batch", "seqlen"])
 def weight_gradient_kernel(
     dout_ptr, x_ptr, count_ptr, samples_ptr, written_ptr, grad_ptr, bias_grad_ptr,
+    dout_tiles, x_tiles,
     batch, seqlen, in_features, out_features, stride_dout, stride_x, stride_grad, stride_bias_grad,
     EVEN: tl.constexpr, EVEN_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """A tile of the gradient, over one segment of the tokens of all active samples.
 
-    stride_dout, stride_x: (batch, seqlen, feature). stride_grad: (segment, out, in).
-    stride_bias_grad: (segment, out). Programs of the first column write the bias's gradient.
+    dout_tiles, x_tiles: descriptors of the same, or None. stride_dout, stride_x: (batch, seqlen,
+    feature). stride_grad: (segment, out, in). stride_bias_grad: (segment, out). Programs of the
+    first column write the bias's gradient.
     EVEN: whether tiles cover the gradient exactly, which saves the registers of masks.
     """
     active = active_samples(count_ptr, batch)
@@ -151,16 +185,19 @@ def weight_gradient_kernel(
     place, first = start // tiles_t, (start % tiles_t).to(tl.int64) * BLOCK_T
     sample = sample_at(samples_ptr, tl.minimum(place, active - 1))
     for _ in tl.range(start, stop):
-        dout_there, x_there = of_dout, of_x
-        if not EVEN_T:
-            inside = first + token < seqlen
-            dout_there, x_there = of_dout & inside[None, :], of_x & inside[:, None]
-        # [BLOCK_N, BLOCK_T]
-        offset = sample * stride_dout[0] + first * stride_dout[1]
-        dout = tl.load(douts + offset, mask=dout_there, other=0.0)
-        # [BLOCK_T, BLOCK_K]
-        offset = sample * stride_x[0] + first * stride_x[1]
-        x = tl.load(xs + offset, mask=x_there, other=0.0)
+        # [BLOCK_N, BLOCK_T] and [BLOCK_T, BLOCK_K]
+        if dout_tiles is not None:
+            dout = load_tokens(dout_tiles, sample, first, row * BLOCK_N).T
+            x = load_tokens(x_tiles, sample, first, column * BLOCK_K)
+        else:
+            dout_there, x_there = of_dout, of_x
+            if not EVEN_T:
+                inside = first + token < seqlen
+                dout_there, x_there = of_dout & inside[None, :], of_x & inside[:, None]
+            offset = sample * stride_dout[0] + first * stride_dout[1]
+            dout = tl.load(douts + offset, mask=dout_there, other=0.0)
+            offset = sample * stride_x[0] + first * stride_x[1]
+            x = tl.load(xs + offset, mask=x_there, other=0.0)
         acc = dot(dout, x, acc)
         if bias_grad_ptr is not None:
             bias_acc = dot(dout, ones, bias_acc)
@@ -212,7 +249,8 @@ def sum_kernel(
 class Tile(NamedTuple):
     """A tile of the result, the inner dimension of a step, and how it runs.
 
-    programs: that a multiprocessor holds at once.
+    programs: that a multiprocessor holds at once. described: whether operands are loaded by
+    descriptors.
     """
 
     rows: int
@@ -221,9 +259,19 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     programs: int
+    described: int = 0
 
 
 # From the largest to the smallest. Found by compiling offline: they spill no register.
+DESCRIBED = (  # sm_90, sm_100, 16-bit operands that descriptors can load
+    Tile(128, 256, 64, 8, 3, 1, 1),
+    Tile(128, 128, 64, 8, 4, 1, 1),
+    Tile(64, 256, 64, 8, 3, 1, 1),
+    Tile(128, 64, 64, 4, 3, 2, 1),
+    Tile(64, 128, 64, 4, 3, 2, 1),
+    Tile(64, 64, 64, 4, 3, 3, 1),
+    Tile(16, 128, 64, 4, 3, 2, 1),
+)
 WARPGROUPS = (  # sm_90, sm_100: 227 KB of shared memory, products by warpgroups
     Tile(128, 256, 64, 8, 4, 1),
     Tile(128, 128, 64, 8, 3, 1),
@@ -255,33 +303,37 @@ SUMMED = 1024  # elements that a program of sum_kernel adds up
 
 def configure(
     kernel: str, rows: int, columns: int, inner: int, copies: int, fill: int, left: Tensor,
-    right: Tensor, busy: bool,
+    right: Tensor, described: bool, busy: bool,
 ) -> Tile:  # fmt: skip
     """The tile of a kernel, forward or weight_gradient.
 
     rows, columns, copies: of the result. inner: the dimension that is summed over. fill: the
-    processors to fill. left, right: the operands of the products. busy: whether anything else takes
-    registers, so that the largest tile of all would spill.
+    processors to fill. left, right: the operands of the products. described: whether descriptors
+    can load them. busy: whether anything else takes registers, so that the largest tile of all
+    would spill.
     """
     vectors = loads_vectors(left) and loads_vectors(right)
     facts = {
         "left": str(left.dtype), "right": str(right.dtype), "vectors": vectors, "busy": busy,
-        "transposed": right.stride(-1) != 1,
+        "transposed": right.stride(-1) != 1, "described": described,
     }  # fmt: skip
     sizes = {"rows": (copies * rows, 16384), "columns": (columns, 16384), "inner": (inner, 16384)}
-    tile = heuristic(arch(), rows, columns, copies, fill, left.dtype, vectors, busy)
+    described = described and (pay(copies * rows * columns * inner) or not vectors)
+    tile = heuristic(arch(), rows, columns, copies, fill, left.dtype, vectors, described, busy)
     return Tile(**configs.choose(f"linear.{kernel}", facts, sizes, tile._asdict()))
 
 
 @lru_cache(maxsize=4096)
 def heuristic(
     arch: int, rows: int, columns: int, copies: int, fill: int, dtype: torch.dtype, vectors: bool,
-    busy: bool,
+    described: bool, busy: bool,
 ) -> Tile:  # fmt: skip
     """Untuned, the largest tile that leaves less than a quarter idle: of itself, and of `fill`
     processors."""
     if dtype == torch.float32:
         tiles, busy = LANES, busy or not vectors
+    elif described and arch in (90, 100):
+        tiles = DESCRIBED
     elif vectors:
         tiles = WARPGROUPS if arch in (90, 100) else WARPS
     else:
@@ -304,6 +356,11 @@ def loads_vectors(operand: Tensor) -> bool:
     """Whether 16 bytes of it can be loaded at once, as far as Triton knows."""
     strides = [stride for stride in operand.stride() if stride != 1]
     return len(strides) < operand.ndim and not any(stride % 16 for stride in strides)
+
+
+def by_rows(matrix: Tensor) -> Tensor:
+    """It or its transpose, whose rows are contiguous if either's are."""
+    return matrix if matrix.stride(-1) == 1 else matrix.mT
 
 
 def launch_options(tile: Tile, *names: str) -> dict[str, int]:
@@ -331,16 +388,34 @@ def forward_into(out, x, weight, bias, accumulate, count, samples):
     refuse_float64(out=out, x=x, weight=weight, bias=bias)
     out, x = joined(count, out, x)
     (batch, seqlen, in_features), out_features = x.shape, len(weight)
-    busy = x.dtype != weight.dtype or in_features % WARPGROUPS[0].inner != 0
+    converted = x.dtype != weight.dtype
+    described, stored = not converted and describable(x, by_rows(weight)), describable(out)
+    busy = converted or in_features % WARPGROUPS[0].inner != 0 or (described and not stored)
     tile = configure(
-        "forward", seqlen, out_features, in_features, batch, processors(), x, weight, busy
+        "forward",
+        seqlen,
+        out_features,
+        in_features,
+        batch,
+        processors(),
+        x,
+        weight,
+        described,
+        busy,
     )
+    x_tiles = weight_tiles = out_tiles = None
+    transposed = weight.stride(1) != 1
+    if tile.described:
+        sides = (tile.inner, tile.columns) if transposed else (tile.columns, tile.inner)
+        x_tiles = describe(x, 1, tile.rows, tile.inner)
+        weight_tiles = describe(by_rows(weight), *sides)
+        out_tiles = describe(out, 1, tile.rows, tile.columns) if stored else None
     tiles = batch * cdiv(seqlen, tile.rows) * cdiv(out_features, tile.columns)
     linear_kernel[(min(tiles, processors() * tile.programs),)](
-        x, weight, bias, count, samples, out,
+        x, weight, bias, count, samples, out, x_tiles, weight_tiles, out_tiles,
         batch, seqlen, in_features, out_features,
         x.stride(), weight.stride(), *strides(bias, 1), out.stride(),
-        ACCUMULATE=accumulate, EVEN_K=in_features % tile.inner == 0,
+        ACCUMULATE=accumulate, EVEN_K=in_features % tile.inner == 0, TRANSPOSED=transposed,
         **launch_options(tile, "BLOCK_M", "BLOCK_N", "BLOCK_K"),
     )  # fmt: skip
 
@@ -354,7 +429,10 @@ def weight_gradient_into(grad, dout, x, bias_grad, written, count, samples):
     rows, columns, *_ = WARPGROUPS[0]
     busy = bias_grad is not None or out_features % rows != 0 or in_features % columns != 0
     tokens = batch * seqlen
-    tile = configure("weight_gradient", out_features, in_features, tokens, 1, 0, dout, x, busy)
+    described = describable(dout, x)
+    tile = configure(
+        "weight_gradient", out_features, in_features, tokens, 1, 0, dout, x, described, busy
+    )
     tiles = cdiv(out_features, tile.rows) * cdiv(in_features, tile.columns)
     steps = batch * cdiv(seqlen, tile.inner)
     segments = max(1, min(processors() * tile.programs // tiles, steps // SHORTEST))
@@ -363,8 +441,12 @@ def weight_gradient_into(grad, dout, x, bias_grad, written, count, samples):
         sums, before = [None if t is None else t.unsqueeze(0) for t in targets], written
     else:
         sums, before = [parts_of(t, segments) for t in targets], None
+    dout_tiles = x_tiles = None
+    if tile.described:
+        dout_tiles = describe(dout, 1, tile.inner, tile.rows)
+        x_tiles = describe(x, 1, tile.inner, tile.columns)
     weight_gradient_kernel[(tiles, segments)](
-        dout, x, count, samples, before, *sums,
+        dout, x, count, samples, before, *sums, dout_tiles, x_tiles,
         batch, seqlen, in_features, out_features, dout.stride(), x.stride(),
         *map(strides, sums, (3, 2)),
         EVEN=out_features % tile.rows == 0 and in_features % tile.columns == 0,

@@ -62,7 +62,7 @@ def test_why_a_candidate_is_pruned(taken, programs, expected):
 
 
 def linear(**other: int) -> dict[str, int]:
-    return dict(rows=64, columns=128, inner=64, warps=4, stages=4, programs=2) | other
+    return dict(rows=64, columns=128, inner=64, warps=4, stages=4, programs=2, described=0) | other
 
 
 # Of one matrix product: what its compiled candidates come to
@@ -77,7 +77,12 @@ COMPILED = [
 
 # What a weight gradient of 256 × 256 follows
 FACTS = dict(
-    left="torch.bfloat16", right="torch.bfloat16", vectors=True, busy=False, transposed=False
+    left="torch.bfloat16",
+    right="torch.bfloat16",
+    vectors=True,
+    busy=False,
+    transposed=False,
+    described=True,
 )
 SIZES = {"rows": 256, "columns": 256, "inner": 256}
 TUNED = Entry(

@@ -247,13 +247,17 @@ FACTS_OF = {
 
 @pytest.mark.parametrize("kernel", SPACES)
 @pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float32"])
-def test_candidates_are_legal_few_and_without_the_heuristic(kernel, dtype):
-    facts = FACTS_OF[kernel.partition(".")[0]] | {"dtype": dtype, "left": dtype}
+@pytest.mark.parametrize("described", [False, True])
+def test_candidates_are_legal_few_and_without_the_heuristic(kernel, dtype, described):
+    facts = FACTS_OF[kernel.partition(".")[0]]
+    facts = facts | {"dtype": dtype, "left": dtype, "described": described}
     key = Key(kernel, tuple(facts.items()), ())
     every = candidates(key, {})
     assert 8 < len(every) < 256
     for config in every:
-        sides = [n for name, n in config.items() if "stages" not in name and name != "programs"]
+        others = {"stages", "num_stages", "programs", "described"}
+        sides = [n for name, n in config.items() if name not in others]
+        assert config.get("described", 0) <= described
         assert all(n & (n - 1) == 0 and n <= 256 for n in sides)
         assert 32 % config.get("TOKENS", 1) == 0
     assert candidates(key, every[3]) == every[:3] + every[4:]

@@ -142,7 +142,8 @@ BROKEN = {
     json.dumps({"entries": [VALUES | {"speed": 1}]}): "entry 0 takes kernel, .*, date, got .*speed",
     json.dumps({"entries": [VALUES, VALUES | {"noise": "low"}]}): "entry 1: noise .* got 'low'",
     json.dumps({"entries": [VALUES | {"facts": {"dtype": []}}]}): "facts takes .* got .. for dtype",
-    json.dumps({"entries": [VALUES | {"config": {"BLOCK": 0}}]}): "whole numbers .* 0 for BLOCK",
+    json.dumps({"entries": [VALUES | {"config": {"BLOCK": -1}}]}): "whole numbers .* -1 for BLOCK",
+    json.dumps({"entries": [VALUES | {"sizes": {"rows": 0}}]}): "whole numbers .* 0 for rows",
     json.dumps({"entries": [VALUES | {"sizes": {"rows": 1.5}}]}): "whole numbers .* 1.5 for rows",
     json.dumps({"entries": [VALUES | {"sizes": {"lines": 64}}]}): "op.forward are rows, got lines",
 }
@@ -219,14 +220,22 @@ def update_window(x, **options):
 # For each op, other configurations of its kernels than the heuristic's
 OTHERS = {
     attend: {
-        "flash_attention.forward": dict(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1),
-        "flash_attention.dq": dict(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=1),
-        "flash_attention.dkdv": dict(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1),
+        "flash_attention.forward": dict(
+            BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1, described=0
+        ),
+        "flash_attention.dq": dict(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=1, described=0),
+        "flash_attention.dkdv": dict(
+            BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1, described=0
+        ),
     },
     decode: {
-        "flash_attention.decode": dict(BLOCK_M=16, BLOCK_N=16, num_warps=2, num_stages=1),
-        "flash_attention.dq": dict(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=1),
-        "flash_attention.dkdv": dict(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1),
+        "flash_attention.decode": dict(
+            BLOCK_M=16, BLOCK_N=16, num_warps=2, num_stages=1, described=0
+        ),
+        "flash_attention.dq": dict(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=1, described=0),
+        "flash_attention.dkdv": dict(
+            BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1, described=0
+        ),
     },
     scan: {
         "selective_scan.forward": dict(BLOCK_DIM=64, TOKENS=8, num_warps=2),
@@ -237,9 +246,11 @@ OTHERS = {
         "causal_conv1d.backward": dict(BLOCK_T=32, BLOCK_DIM=16, num_warps=2),
     },
     multiply: {
-        "linear.forward": dict(rows=16, columns=16, inner=16, warps=4, stages=2, programs=1),
+        "linear.forward": dict(
+            rows=16, columns=16, inner=16, warps=4, stages=2, programs=1, described=0
+        ),
         "linear.weight_gradient": dict(
-            rows=32, columns=16, inner=16, warps=4, stages=2, programs=1
+            rows=32, columns=16, inner=16, warps=4, stages=2, programs=1, described=0
         ),
     },
     turn: {"rotary.forward": dict(ROWS=4, num_warps=1)},

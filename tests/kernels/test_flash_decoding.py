@@ -22,7 +22,7 @@ def parts(monkeypatch):
     monkeypatch.setattr(kernel, "SHORTEST", 8)
     monkeypatch.setattr(kernel, "processors", lambda: 132)
     monkeypatch.setattr(kernel, "parts_of", spy)
-    tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
+    tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2, "described": 0}
     with configs.forced("flash_attention.decode", tiles):
         yield found
 
