@@ -9,8 +9,9 @@ Under device dispatch training takes a table alone.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ Dispatch = Literal["device", "host", "dense"]
 # Keyword arguments whose tensors have a row per sample and follow a sample to its mixer. Tensors of
 # one row serve every sample.
 BATCHED_KWARGS = frozenset({"attention_mask", "position_ids", "position_embeddings", "seq_idx"})
+
+# Of forward functions, as finding out takes the host 20 µs
+SIGNATURES: WeakKeyDictionary[Callable[..., Any], inspect.Signature] = WeakKeyDictionary()
 
 
 class Router:
@@ -148,6 +152,7 @@ class StochasticMixer(nn.Module):
         self.layer, self.router, self.dispatch, self.streams = layer, router, dispatch, streams
         self.num_outputs = num_outputs
         self.batched_kwargs = BATCHED_KWARGS | batched_kwargs
+        self._checked: list[Any] = []  # what the mixers were made of when they were last checked
         if dispatch == "device":
             self._check_routed()
         # int32, per mixer, on the device, made of this number when there is one: above 0 gradients
@@ -309,6 +314,9 @@ class StochasticMixer(nn.Module):
             )
 
     def _check_routed(self) -> None:
+        made_of = [part for mixer in self.mixers.values() for part in parts_of(mixer)]
+        if [*map(id, made_of)] == [*map(id, self._checked)]:
+            return
         owners: dict[Tensor, str] = {}
         for name, mixer in self.mixers.items():
             check_routed(name, mixer)
@@ -320,6 +328,7 @@ class StochasticMixer(nn.Module):
                         "dispatch='device' writes each parameter's gradient once, but "
                         f"{owners[parameter]} and {path} are the same"
                     )
+        self._checked = made_of
 
     def _check_name(self, key: str, name: str) -> None:
         if name not in self.names:
@@ -408,6 +417,15 @@ class Call:
                 accumulate(into, f"{name}/{key}", mean)
 
 
+def parts_of(mixer: nn.Module) -> Iterator[Any]:
+    """Objects that are the same ones as long as a check of a mixer for device dispatch holds."""
+    for module in mixer.modules():
+        yield from (module, type(module), vars(module).get("forward"))
+        yield from (bool(module._forward_hooks), bool(module._forward_pre_hooks))
+        for parameter in module._parameters.values():
+            yield from (parameter, parameter is not None and parameter.requires_grad)
+
+
 def in_backward() -> bool:
     """Whether autograd is running, as it is where checkpointing runs a forward pass again."""
     return torch._C._current_graph_task_id() != -1
@@ -440,4 +458,8 @@ def takes_all_kwargs(mixer: nn.Module) -> bool:
 
 
 def signature_of(mixer: nn.Module) -> inspect.Signature:
-    return inspect.signature(getattr(mixer, "_orig_mod", mixer).forward)  # behind torch.compile's
+    forward = getattr(mixer, "_orig_mod", mixer).forward  # behind torch.compile's
+    forward = getattr(forward, "__func__", forward)
+    if forward not in SIGNATURES:
+        SIGNATURES[forward] = inspect.signature(forward)
+    return SIGNATURES[forward]

@@ -349,6 +349,37 @@ class TestRefusals:
             with pytest.raises(ValueError, match=message):
                 StochasticMixer({"only": mixer}, dispatch="device")
 
+    @pytest.mark.parametrize("passes", [0, 1])
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (lambda m: m.register_forward_hook(lambda *_: None), "hooked or patched: one is"),
+            (lambda m: m.x_proj.register_forward_pre_hook(lambda *_: None), r"one\.x_proj is"),
+            (lambda m: setattr(m.in_proj, "forward", m.in_proj.forward), r"one\.in_proj is"),
+            (lambda m: setattr(m, "out_proj", nn.Sequential(m.out_proj)), "got Sequential for"),
+            (lambda m: setattr(m.x_proj, "bias", nn.Parameter(torch.ones(9))), "would ignore"),
+        ],
+    )
+    def test_what_changes_after_it_was_made(self, change, message, passes):
+        layer = StochasticMixer({"one": Mamba(16), "other": Mamba(16)}, dispatch="device")
+        x, table = torch.randn(2, 5, 16), MixerTable.of(torch.tensor([[0, 1]]), 2, 2)
+        for _ in range(passes):
+            layer(x, table=table)
+        change(layer.mixers["one"])
+        with pytest.raises(ValueError, match=message):
+            layer(x, table=table)
+
+    def test_a_parameter_that_trains_again_and_is_shared(self):
+        layer = StochasticMixer({"one": Mamba(16), "other": Mamba(16)}, dispatch="device")
+        one, other = layer.mixers.values()
+        other.D = one.D
+        one.D.requires_grad_(False)
+        x, table = torch.randn(2, 5, 16), MixerTable.of(torch.tensor([[0, 1]]), 2, 2)
+        layer(x, table=table)
+        one.D.requires_grad_(True)
+        with pytest.raises(ValueError, match=r"one\.D and other\.D are the same"):
+            layer(x, table=table)
+
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_gradient_checkpointing(self, reentrant):
         gradients = []
