@@ -147,7 +147,7 @@ class Step:
                 self.strategy, 0, step, self.options.layers, self.options.batch,
                 device="cpu" if on_host else self.device,
             )  # fmt: skip
-            used = table.count.to(self.device)
+            used = table.to(self.device).count
             self.counter += 1
             self.steps += 1
         self.stack(self.x, table, choose).float().square().mean().backward()

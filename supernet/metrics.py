@@ -20,7 +20,7 @@ class Mean:
     def of(cls, values: Tensor, taken: Tensor | None = None) -> "Mean":
         """The mean of values (samples,) over those that `taken` (samples,) marks, or over all."""
         if taken is None:
-            return cls(values.sum(), torch.tensor(len(values), device=values.device))
+            return cls(values.sum(), values.new_full((), len(values), dtype=torch.int64))
         return cls(torch.where(taken, values, 0).sum(), taken.sum())
 
     def __add__(self, other: "Mean") -> "Mean":

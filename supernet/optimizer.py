@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from ..kernels.transfer import send
 from .stochastic import Router, StochasticMixer
 
 Group = dict[str, Any]
@@ -167,7 +168,7 @@ class GatedAdamW(Optimizer):
             return None
         if self.router.drawn == 0:
             raise ValueError("the router has drawn no table since the last step; call draw(batch)")
-        return self.router.used.to(gated[0].device, non_blocking=True)
+        return send(self.router.used, gated[0].device)
 
     def _split(self, group: Group) -> list[_Bucket]:
         kinds = _grouped((_kind(param), param) for param in group["params"])

@@ -43,7 +43,7 @@ class Report:
             sums.total += mean.total.detach()
             sums.count += mean.count
         if table is not None:
-            row = table.table.to(self.device).expand(-1, len(losses))
+            row = table.to(self.device).table.expand(-1, len(losses))
             # [layers, mixers, batch]
             taken = row[:, None] == torch.arange(len(self.mixers), device=self.device)[:, None]
             samples = torch.stack((losses, counts.float(), torch.ones_like(losses)))

@@ -289,16 +289,16 @@ class StochasticMixer(nn.Module):
             )
         if batch in counts:
             return call.run(self.names[counts.index(batch)])
+        rows = table.to(call.hidden_states.device).samples[self.layer].long()
         samples, parts = [], []
         for index, name in enumerate(self.names):
             if counts[index]:
-                rows = table.samples[self.layer, index, : counts[index]]
-                samples.append(rows.to(call.hidden_states.device, torch.int64))
+                samples.append(rows[index, : counts[index]])
                 parts.append(call.run(name, samples[-1]))
         return torch.cat(parts)[torch.cat(samples).argsort()]
 
     def _dense(self, call: "Call", table: MixerTable) -> Tensor:
-        row = table.table[self.layer].to(call.hidden_states.device)
+        row = table.to(call.hidden_states.device).table[self.layer]
         row = row.expand(len(call.hidden_states))
         out, *others = (call.run(name, taken=row == i) for i, name in enumerate(self.names))
         for index, part in enumerate(others, 1):

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..kernels.routing import MixerTable
+from ..kernels.transfer import send
 from .checkpoint import copy_tensors, model_tensors, open_tensors, save_model, save_tensors
 from .config import RunConfig, TrainingConfig
 from .conversion import load_into
@@ -175,7 +176,7 @@ class Trainer:
         for micro in range(self.options.accumulation):
             table = self.draw(micro)
             self.loss(micro, table).backward()
-            used += table.count.to(self.device) if table else 0
+            used += table.to(self.device).count if table else 0
         self.share(used)
         norm = clip_grad_norm(self.optimizer, self.options.clip_norm or math.inf, used)
         self.optimizer.step(used=used)
@@ -289,8 +290,8 @@ class Inputs:
             self.tokens, self.labels = (
                 torch.empty_like(part, device=self.step.device) for part in (tokens, labels)
             )
-        self.tokens.copy_(tokens)
-        self.labels.copy_(labels)
+        self.tokens.copy_(send(tokens, self.tokens.device))
+        self.labels.copy_(send(labels, self.labels.device))
         self.labelled.fill_(int((labels != IGNORED).sum()))
         self.rate.fill_(rate)
         self.step.fill_(step)

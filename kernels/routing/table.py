@@ -1,10 +1,11 @@
 """The mixer table and its plan."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..transfer import send
 from .route import Route
 
 
@@ -22,6 +23,7 @@ class MixerTable:
     table: Tensor
     count: Tensor
     samples: Tensor
+    _sent: "dict[torch.device, MixerTable]" = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, table: Tensor, mixers: int, batch: int) -> "MixerTable":
@@ -40,6 +42,15 @@ class MixerTable:
         takes = (table[:, None] == everyone).expand(-1, -1, batch)  # [layers, mixers, batch]
         order = takes.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
         return cls(table.int(), takes.sum(-1, dtype=torch.int32), order.int())
+
+    def to(self, device: torch.device) -> "MixerTable":
+        """The same on a device, sent there once."""
+        if device == self.table.device:
+            return self
+        if device not in self._sent:
+            parts = (send(part, device) for part in (self.table, self.count, self.samples))
+            self._sent[device] = MixerTable(*parts)
+        return self._sent[device]
 
     def route(self, layer: int, mixer: int) -> Route:
         """The samples that take `mixer` in the table's row `layer`, as views into the plan.

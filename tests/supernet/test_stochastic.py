@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tossup import MixerTable, Router, StochasticMixer, Strategy
 from tossup.supernet.metrics import Mean
@@ -25,6 +26,20 @@ class Scale(nn.Module):
         return hidden_states * self.weight
 
 
+class Sent(TorchDispatchMode):
+    """Counts what is copied from the CPU to the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.is_meta:
+            self.copies += any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in args)
+        return out
+
+
 class Judge(Scale):
     """Adds a loss, and a metric, of each sample's mean."""
 
@@ -40,6 +55,17 @@ def three(**kwargs):
 
 def table_of(*rows, batch):
     return MixerTable.of(torch.tensor(rows), mixers=3, batch=batch)
+
+
+@pytest.mark.parametrize("dispatch", ["host", "dense"])
+def test_a_table_is_sent_to_the_device_once(dispatch):
+    """Each copy of pageable memory waits for the GPU."""
+    layers = [three(layer=layer, dispatch=dispatch).to("meta") for layer in range(3)]
+    x, table = torch.empty(5, 3, 4, device="meta"), table_of(*[[0, 1, 2, 1, 0]] * 3, batch=5)
+    with Sent() as sent:
+        for layer in layers * 2:
+            x = layer(x, table=table)
+    assert sent.copies == 3  # table, counts and samples
 
 
 @pytest.mark.parametrize("dispatch", ["host", "dense"])
