@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,8 +69,8 @@ class Stopwatch(Protocol):
     def here(self) -> AbstractContextManager:
         """Where calls run that are timed later, for whatever they keep from one to the next."""
 
-    def prepare(self, call: Call) -> Run:
-        """Warm a call up."""
+    def prepare(self, call: Call, *, captured: bool = True) -> Run:
+        """Warm a call up. captured: whether to time it in a graph, where it can be."""
 
 
 # Of glibc's malloc.h, and the largest threshold that it takes
@@ -98,7 +98,7 @@ class CpuStopwatch:
     def here(self) -> AbstractContextManager:
         return nullcontext()
 
-    def prepare(self, call: Call) -> Run:
+    def prepare(self, call: Call, *, captured: bool = True) -> Run:
         call()
 
         def seconds() -> float:
@@ -128,27 +128,35 @@ class GpuStopwatch:
             yield
         self.cuda.synchronize()
 
-    def prepare(self, call: Call, warm: bool = False) -> Run:
+    def prepare(self, call: Call, *, captured: bool = True, warm: bool = False) -> Run:
         """warm: as many calls as take WARM_SECONDS, after as many; else one, after a flush."""
         with self.here():
             for _ in range(3):  # compiles what is compiled at the first call
                 call()
-        repeats, before = self.repeats(call) if warm else 1, self.cuda.current_stream()
+        repeats = 1
+        if warm:
+            few = self.repeated(call, FEW_REPEATS, captured, warm).seconds()
+            repeats = max(1, min(MOST_REPEATS, math.ceil(WARM_SECONDS / few)))
+        return self.repeated(call, repeats, captured, warm)
+
+    def repeated(self, call: Call, repeats: int, captured: bool, warm: bool) -> Run:
+        def calls() -> None:
+            for _ in range(repeats):
+                call()
+
+        if not captured:
+            return self.run(calls, repeats, warm, "calls")
+        pool, before = self.cuda.graph_pool_handle(), self.cuda.current_stream()
         try:
             graph = self.cuda.CUDAGraph()
-            with self.cuda.graph(graph, stream=self.stream):
-                for _ in range(repeats):
-                    call()
+            with self.cuda.graph(graph, pool=pool, stream=self.stream):
+                calls()
         except RuntimeError as error:
             self.cuda.set_stream(before)  # a capture that ends in an error leaves another
             self.cuda.synchronize()
-            method = f"calls, not a graph: {said(error)}"
-            return self.run(repeated(call, repeats), repeats, warm, method)
+            leave_pool(pool)
+            return self.run(calls, repeats, warm, f"calls, not a graph: {said(error)}")
         return self.run(graph.replay, repeats, warm, "graph")
-
-    def repeats(self, call: Call) -> int:
-        few = self.run(repeated(call, FEW_REPEATS), FEW_REPEATS, True, "calls")
-        return max(1, min(MOST_REPEATS, math.ceil(WARM_SECONDS / few.seconds())))
 
     def run(self, work: Call, repeats: int, warm: bool, method: str) -> Run:
         start, end = (self.cuda.Event(enable_timing=True) for _ in range(2))
@@ -170,12 +178,12 @@ def flush_of(size: int) -> Call:
     return torch.zeros(size // 4, dtype=torch.float32, device="cuda").sum
 
 
-def repeated(call: Call, times: int) -> Call:
-    def calls() -> None:
-        for _ in range(times):
-            call()
-
-    return calls
+def leave_pool(pool: Any) -> None:
+    """Of a capture that failed: before 2.12 torch may go on allocating there, and refuse every
+    later capture (pytorch/pytorch#180395)."""
+    if torch.__version__ < "2.12" and torch.cuda.is_available():
+        with suppress(RuntimeError):  # where the capture itself came to its end, nothing is left
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
 
 def take_turns(runs: Mapping[str, Run], rounds: int) -> dict[str, Timing]:

@@ -69,11 +69,15 @@ class FakeCuda:
     def Event(self, enable_timing):
         return FakeEvent(self)
 
+    def graph_pool_handle(self):
+        return "pool"
+
     def CUDAGraph(self):
         return FakeGraph(self)
 
     @contextmanager
-    def graph(self, graph, stream):
+    def graph(self, graph, pool, stream):
+        assert pool == "pool"
         self.capturing = graph.calls
         try:
             yield
@@ -125,6 +129,27 @@ def test_a_warm_run_replays_many_behind_as_many():
     assert run.seconds() == pytest.approx(1e-5)
     calls = ["call"] * 20  # 200 µs
     assert cuda.log == [*calls, "event", *calls, "event", "wait"]
+
+
+def test_a_warm_run_is_as_long_as_it_should_be_whatever_calls_take_the_host():
+    cuda, stopwatch = gpu()
+
+    def call():
+        if cuda.capturing is None:
+            cuda.now += 5e-5  # the GPU waits for the host
+        cuda.work()
+
+    run = stopwatch.prepare(call, warm=True)
+    cuda.log.clear()
+    run.seconds()
+    assert cuda.log.count("call") == 2 * 20
+
+
+def test_calls_may_be_timed_without_a_graph():
+    cuda, stopwatch = gpu()
+    run = stopwatch.prepare(cuda.work, captured=False)
+    cuda.log.clear()
+    assert run.seconds() == pytest.approx(1e-5) and run.method == "calls"
 
 
 def test_what_cannot_be_captured_is_queued_and_says_so():

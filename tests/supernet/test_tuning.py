@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 
-from tossup.autotune.timing import CpuStopwatch
+from tossup.autotune.timing import CpuStopwatch, Run
 from tossup.supernet import tuning
 from tossup.supernet.cli import main
 from tossup.supernet.errors import ConfigError
@@ -67,3 +67,21 @@ def test_calls_are_timed_in_turns(monkeypatch):
     assert (slow.median, fast.median) == (0.5, 0.25)
     assert len(slow.seconds) == len(fast.seconds) == 5
     assert order[-4:] in (["slow", "fast", "fast", "slow"], ["fast", "slow", "slow", "fast"])
+
+
+def test_calls_are_timed_alike_where_one_cannot_be_captured(monkeypatch):
+    class Short:
+        """Has memory for one graph."""
+
+        graphs = 0
+
+        def prepare(self, call, *, captured=True):
+            self.graphs += captured
+            return Run(
+                lambda: call(captured), "graph" if captured and self.graphs == 1 else "calls"
+            )
+
+    monkeypatch.setattr(tuning, "ROUNDS", (3, 3))
+    calls = [lambda captured: 1.0 if captured else 3.0, lambda captured: 1.0 if captured else 2.0]
+    slow, fast = measure(Short(), calls)
+    assert (slow.median, fast.median) == (3.0, 2.0)
