@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 2000
-LEVEL = 0.99  # of the interval; with twelve pairs one in a hundred unchanged cases lies below it
+LEVEL = (
+    0.99  # of the interval; with twelve pairs it is above 1 for one in a hundred unchanged cases
+)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from tossup.autotune.timing import Timing
 from tossup.supernet.files import write_atomically
 from tossup.supernet.graphed_step import GraphedStep
 from tossup.supernet.mixers import Attention, Mamba
-from tossup.supernet.optimizer import clip_grad_norm
+from tossup.supernet.optimizer import clip_grad_norm_
 
 WAYS = ("item", "host", "conditional", "device", "graph", "forked", "static")
 LIBRARIES = ("item", "host", "conditional")
@@ -151,7 +151,7 @@ class Step:
             self.counter += 1
             self.steps += 1
         self.stack(self.x, table, choose).float().square().mean().backward()
-        clip_grad_norm(self.optimizer, 1.0, used)
+        clip_grad_norm_(self.optimizer, 1.0, used)
         self.optimizer.step(used=used)
         for group in self.optimizer.param_groups:
             if group["gate"] is None or self.way in ("item", "host"):

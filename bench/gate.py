@@ -55,11 +55,14 @@ Ask = Callable[[Answer], Answer]
 
 
 def check_resources(archs: Sequence[int] = (90, 80)) -> list[str]:
-    """What is worse than committed for this version of Triton; what is better is only printed."""
+    """What is worse than committed for this version of Triton, or that nothing was committed; what
+    is better is only printed."""
     committed = RESOURCES / f"{triton.__version__}.json"
     if not committed.exists():
-        print(f"resources: none were committed for Triton {triton.__version__}: not compared")
-        return []
+        print(f"resources: none were committed for Triton {triton.__version__}")
+        return [
+            f"{committed.name} is not there: python -m tests.autotune.test_inspection writes it"
+        ]
     worse = []
     for is_worse, sentence in changes(json.loads(committed.read_text()), inspect(archs)):
         print(f"resources: {'worse' if is_worse else 'better, and to be committed'}: {sentence}")

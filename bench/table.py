@@ -1,6 +1,6 @@
 """Tables in the README, and plots beside the records, from each device's newest record.
 
-python bench/table.py
+python -m bench.table
 """
 
 from pathlib import Path

@@ -4,7 +4,7 @@ The one format that holds a whole supernet. Conversion to and from others is in 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +97,23 @@ def copy_tensors(into: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> N
 
 
 def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    for what, names in (("lacks", missing), ("has the unknown tensor", unknown)):
-        if names:
-            raise ConfigError(f"the checkpoint {what} {min(names)}, and {len(names) - 1} more")
+    check_names("the checkpoint", expected.keys(), tensors.keys())
     for name, tensor in expected.items():
         if tensor.shape != tensors[name].shape:
             raise ConfigError(
                 f"{name} takes shape {tuple(tensor.shape)}, got {tuple(tensors[name].shape)}"
             )
+
+
+def check_names(source: object, expected: Set[str], found: Set[str]) -> None:
+    """Raise ConfigError unless a source of tensors has exactly those that are expected."""
+    for what, names in (
+        ("lacks", expected - found),
+        ("has the unknown tensor", found - expected),
+    ):
+        if names:
+            more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ConfigError(f"{source} {what} {min(names)}{more}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -178,12 +178,14 @@ class SupernetModel(nn.Module):
     def draw(self, seed: int, step: int | Tensor, batch: int) -> MixerTable:
         """The mixer table of a step: the same on every rank that names the same seed and step.
 
-        It is drawn where it is followed: on the model's device, or the host.
+        It is drawn where it is followed: on the model's device, or the host. Raises ValueError
+        unless the model is a supernet.
         """
+        strategy = self.strategy()
         assert isinstance(self.config.mixer, StochasticMixerConfig)
         shifted = seed + self.config.mixer.seed_shift
         device = self.embed_tokens.weight.device if self.dispatch == "device" else "cpu"
-        return draw(self.strategy(), shifted, step, self.config.num_layers, batch, device=device)
+        return draw(strategy, shifted, step, self.config.num_layers, batch, device=device)
 
     def gate_of(self, parameter: str) -> tuple[int, str] | None:
         """The (layer, mixer) that owns the named parameter; None where all placements share it."""

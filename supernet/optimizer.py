@@ -60,7 +60,9 @@ class GatedAdamW(Optimizer):
         parameters that train: state is made here and not in the first step, so that a step can be
         captured in a CUDA graph.
     lr: a float, or a 0-d float32 tensor on the device (which a captured step reads at each replay).
-    router: who draws the tables. `step` and `clip_grad_norm` then know which mixers were used, as
+    betas, eps, weight_decay: as torch's AdamW has them, but with the defaults that language models
+        are trained by, (0.9, 0.95) and 0.1.
+    router: who draws the tables. `step` and `clip_grad_norm_` then know which mixers were used, as
         loops need that are not written for supernets, such as that of transformers' Trainer.
     inactive: what happens to a mixer that no sample took. `skip`: its parameters, moments and step
         counts stay bit for bit what they were. `decay`: it takes a step with a zero gradient, so
@@ -73,8 +75,8 @@ class GatedAdamW(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        *,
         lr: float | Tensor = 1e-3,
+        *,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
@@ -184,13 +186,14 @@ class GatedAdamW(Optimizer):
         ]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[Group]:
+def parameter_groups(model: nn.Module, weight_decay: float | None = None) -> list[Group]:
     """A model's trainable parameters as GatedAdamW takes them, each behind the gate that it needs.
 
     model: any module; the mixers of the StochasticMixers inside it get the gates (layer, mixer),
         the mixer by its place among the layer's. What several of them share, and everything else,
         is shared.
-    weight_decay: of matrices; norms, biases, convolutions, `A_log` and `D` do not decay.
+    weight_decay: of matrices; None is the optimizer's. Norms, biases, convolutions, `A_log` and `D`
+        do not decay.
 
     Raises ValueError where two layers have one number, and where a mixer under device dispatch
     shares a parameter with another module: its backward pass would overwrite the other's part of
@@ -216,10 +219,12 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[Group]
         if parameter.requires_grad:
             decays = parameter.ndim == 2 and name.rpartition(".")[2] != "A_log"
             groups.setdefault((gates.get(parameter), decays), []).append(parameter)
-    return [
-        {"params": parameters, "gate": gate, "weight_decay": weight_decay if decays else 0.0}
-        for (gate, decays), parameters in groups.items()
-    ]
+    found = []
+    for (gate, decays), parameters in groups.items():
+        found.append({"params": parameters, "gate": gate})
+        if not decays or weight_decay is not None:
+            found[-1]["weight_decay"] = weight_decay if decays else 0.0
+    return found
 
 
 def check_written_once(model: nn.Module) -> None:
@@ -244,7 +249,7 @@ def shared_parameter(layer: int, path: str) -> ValueError:
     )
 
 
-def clip_grad_norm(
+def clip_grad_norm_(
     optimizer: Optimizer | Iterable[Group], max_norm: float, used: Tensor | None = None
 ) -> Tensor:
     """Scale gradients in place so that those of shared and used parameters have `max_norm` at most.

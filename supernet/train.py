@@ -30,7 +30,7 @@ from .files import directory_atomically
 from .graphed_step import GraphedStep
 from .metrics import Mean
 from .model import SupernetModel, language_model_losses
-from .optimizer import GatedAdamW, clip_grad_norm, parameter_groups
+from .optimizer import GatedAdamW, clip_grad_norm_, parameter_groups
 from .ranks import Ranks
 from .report import Report
 from .run_folder import (
@@ -178,7 +178,7 @@ class Trainer:
             self.loss(micro, table).backward()
             used += table.to(self.device).count if table else 0
         self.share(used)
-        norm = clip_grad_norm(self.optimizer, self.options.clip_norm or math.inf, used)
+        norm = clip_grad_norm_(self.optimizer, self.options.clip_norm or math.inf, used)
         self.optimizer.step(used=used)
         forget_gradients(self.model, self.optimizer)
         self.report.add_norm(norm)

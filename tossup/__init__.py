@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .supernet.conversion import load_checkpoint, save_checkpoint
     from .supernet.mixers import Attention, GroupedMamba, Mamba
     from .supernet.model import SupernetModel
-    from .supernet.optimizer import GatedAdamW, clip_grad_norm, parameter_groups
+    from .supernet.optimizer import GatedAdamW, clip_grad_norm_, parameter_groups
     from .supernet.stochastic import Router, StochasticMixer
 
 __version__ = "0.1.0"
@@ -41,7 +41,7 @@ _MODULES = {
     "SupernetModel": "supernet.model",
     "causal_conv1d": "kernels.causal_conv1d",
     "causal_conv1d_update": "kernels.causal_conv1d_update",
-    "clip_grad_norm": "supernet.optimizer",
+    "clip_grad_norm_": "supernet.optimizer",
     "draw": "kernels.routing",
     "flash_attention": "kernels.flash_attention",
     "linear": "kernels.linear",

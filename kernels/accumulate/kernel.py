@@ -4,17 +4,17 @@ Floor: the launch. A mixer of 4096 channels and 16 states has a third of a megab
 gradients, which an H200 reads and writes in 0.2 µs: not measured.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..launch import cdiv
 from ..precision import refuse_float64
+from ..routing.gate import routed_jit
 
 BLOCK = 1024
 
 
-@triton.jit
+@routed_jit()
 def accumulate_kernel(totals, gradients, sizes, count_ptr, written_ptr, BLOCK: tl.constexpr):
     """One block of one total. totals, gradients: tuples of pointers; sizes: of elements."""
     if count_ptr is not None:

@@ -20,7 +20,7 @@ from .. import configs
 from ..exponentials import sigmoid, silu
 from ..launch import cdiv, refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
-from ..routing.gate import active_sample
+from ..routing.gate import active_sample, routed_jit
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def load_taps(
     return taps, bias
 
 
-@triton.jit(do_not_specialize=["seqlen"])
+@routed_jit("seqlen")
 def forward_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, seq_idx_ptr, count_ptr, samples_ptr,
     out_ptr, final_state_ptr,
@@ -126,7 +126,7 @@ def forward_kernel(
         tl.store(state, last.to(final_state_ptr.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["seqlen"])
+@routed_jit("seqlen")
 def backward_kernel(
     dout_ptr, dstate_ptr, x_ptr, weight_ptr, bias_ptr, state_ptr, seq_idx_ptr,
     count_ptr, samples_ptr, dx_ptr, dinitial_ptr, shares_ptr,

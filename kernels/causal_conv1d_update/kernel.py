@@ -4,7 +4,6 @@ Floor: latency. A step of one token reads and writes some 4 numbers per channel:
 and 64 samples that is 4 MB, about a microsecond of an H200's 4.8 TB/s. Not measured.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -12,10 +11,10 @@ from .. import configs
 from ..exponentials import silu
 from ..launch import cdiv, next_power_of_2, refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
-from ..routing.gate import active_sample
+from ..routing.gate import active_sample, routed_jit
 
 
-@triton.jit(do_not_specialize=["seqlen", "state_len"])
+@routed_jit("seqlen", "state_len")
 def update_kernel(
     x_ptr, state_ptr, weight_ptr, bias_ptr, seqlens_ptr, indices_ptr, count_ptr, samples_ptr,
     out_ptr,

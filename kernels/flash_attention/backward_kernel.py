@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ..dot import dot
 from ..exponentials import in_base_2
-from ..routing.gate import active_sample
+from ..routing.gate import active_sample, routed_jit
 from .tiles import (
     dropped,
     key_range,
@@ -62,7 +62,7 @@ def gather_dq(
     return dq
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "left", "right", "threshold"])
+@routed_jit("seqlen_q", "seqlen_k", "left", "right", "threshold")
 def dq_kernel(
     dout_ptr, dlse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, slopes_ptr, seed_ptr,
     cu_q_ptr, cu_k_ptr, count_ptr, samples_ptr, dq_ptr, base_ptr, delta_ptr, k_tiles, v_tiles,
@@ -169,7 +169,7 @@ def gather_dkdv(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "left", "right", "threshold"])
+@routed_jit("seqlen_q", "seqlen_k", "left", "right", "threshold")
 def dkdv_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, base_ptr, delta_ptr, slopes_ptr, seed_ptr,
     cu_q_ptr, cu_k_ptr, count_ptr, samples_ptr, dk_ptr, dv_ptr, q_tiles, dout_tiles,

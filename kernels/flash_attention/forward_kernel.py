@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ..dot import dot
 from ..exponentials import in_base_2, in_base_e
-from ..routing.gate import active_sample
+from ..routing.gate import active_sample, routed_jit
 from .tiles import (
     dropped,
     key_range,
@@ -56,7 +56,7 @@ def attend(
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "left", "right", "threshold", "parts"])
+@routed_jit("seqlen_q", "seqlen_k", "left", "right", "threshold", "parts")
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, slopes_ptr, seed_ptr, cu_q_ptr, cu_k_ptr, count_ptr, samples_ptr,
     out_ptr, lse_ptr, k_tiles, v_tiles,
@@ -138,7 +138,7 @@ def forward_kernel(
     tl.store(lse_ptr + i, lse, mask=i < seqlen_q)
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "parts"])
+@routed_jit("seqlen_q", "parts")
 def join_kernel(
     outs_ptr, lses_ptr, cu_q_ptr, count_ptr, samples_ptr, out_ptr, lse_ptr,
     seqlen_q, parts, stride_outs, stride_lses, stride_parts, stride_out, stride_lse,

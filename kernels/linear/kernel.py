@@ -30,6 +30,7 @@ from ..descriptors import describable, describe, pay
 from ..dot import dot
 from ..launch import cdiv, strides
 from ..precision import refuse_float64
+from ..routing.gate import routed_jit
 from ..target import arch, processors
 
 GROUP = tl.constexpr(8)  # rows of tiles that are walked together
@@ -69,7 +70,7 @@ def load_tokens(tiles, sample, t, feature):
     return tile.reshape(tile.shape[1], tile.shape[2])
 
 
-@triton.jit(do_not_specialize=["batch", "seqlen"])
+@routed_jit("batch", "seqlen")
 def linear_kernel(
     x_ptr, weight_ptr, bias_ptr, count_ptr, samples_ptr, out_ptr, x_tiles, weight_tiles, out_tiles,
     batch, seqlen, in_features, out_features, stride_x, stride_weight, stride_bias, stride_out,
@@ -138,7 +139,7 @@ def linear_kernel(
             tl.store(outs, acc.to(out_ptr.dtype.element_ty), mask=of_x & of_weight)
 
 
-@triton.jit(do_not_specialize=["batch", "seqlen"])
+@routed_jit("batch", "seqlen")
 def weight_gradient_kernel(
     dout_ptr, x_ptr, count_ptr, samples_ptr, written_ptr, grad_ptr, bias_grad_ptr,
     dout_tiles, x_tiles,
@@ -220,7 +221,7 @@ def weight_gradient_kernel(
         tl.store(bias_grads, bias.to(bias_grad_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["segments"])
+@routed_jit("segments")
 def sum_kernel(
     parts_ptr, count_ptr, written_ptr, grad_ptr, segments, size, columns, stride_grad,
     BLOCK: tl.constexpr,

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import configs
 from ..launch import cdiv, next_power_of_2, refuse_more_samples_than_programs
 from ..precision import refuse_float64
-from ..routing.gate import active_sample
+from ..routing.gate import active_sample, routed_jit
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def tile_of(
     return once, copies, there
 
 
-@triton.jit(do_not_specialize=["seqlen"])
+@routed_jit("seqlen")
 def repeat_kernel(
     x_ptr, out_ptr, count_ptr, samples_ptr, seqlen, dim, stride_x, stride_out,
     GROUP: tl.constexpr, REPEATS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_DIM: tl.constexpr,
@@ -55,7 +55,7 @@ def repeat_kernel(
         outs += tl.cast(GROUP, tl.int64) * stride_out[2]
 
 
-@triton.jit(do_not_specialize=["seqlen"])
+@routed_jit("seqlen")
 def add_up_kernel(
     x_ptr, out_ptr, count_ptr, samples_ptr, seqlen, dim, stride_x, stride_out,
     GROUP: tl.constexpr, REPEATS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_DIM: tl.constexpr,

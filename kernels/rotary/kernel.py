@@ -5,17 +5,16 @@ float32 numbers per token as a head has channels, are read for every head, thoug
 arithmetic is 3 instructions per channel. Its share of the 4.8 TB/s of an H200: not measured.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import configs
 from ..launch import cdiv, next_power_of_2, refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
-from ..routing.gate import active_sample
+from ..routing.gate import active_sample, routed_jit
 
 
-@triton.jit
+@routed_jit()
 def rotary_kernel(
     x_ptr, cos_ptr, sin_ptr, count_ptr, samples_ptr, out_ptr,
     seqlen, heads, stride_x, stride_out, stride_cos, stride_sin,

@@ -1,7 +1,19 @@
 """How a Triton kernel follows a route: imported by kernels alone, as it imports Triton."""
 
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
+
+# Scalars and rows of a plan, which begin anywhere in it
+ANYWHERE = ["count_ptr", "samples_ptr", "written_ptr"]
+
+
+def routed_jit(*unspecialized: str) -> Callable[[Callable[..., Any]], Any]:
+    """triton.jit of a kernel that takes a route: compiled once for all layers and mixers, however
+    their parts of the plan are aligned, and for all values of the arguments named."""
+    return triton.jit(do_not_specialize=unspecialized, do_not_specialize_on_alignment=ANYWHERE)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..exponentials import in_base_2, in_base_e, sigmoid, silu
-from ..routing.gate import active_sample
+from ..routing.gate import active_sample, routed_jit
 from .tiles import (
     at,
     beside_states,
@@ -44,7 +44,7 @@ def store_shares(
         tl.store(ptr + offsets, sums, mask=there[:, None] & (block < blocks)[None, :])
 
 
-@triton.jit(do_not_specialize=["seqlen", "dim", "run", "segment", "stride_dh"])
+@routed_jit("seqlen", "dim", "run", "segment", "stride_dh")
 def backward_kernel(
     dout_ptr, dstate_ptr, kept_ptr, scratch_ptr,
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, seq_idx_ptr,
@@ -274,7 +274,7 @@ def backward_kernel(
             tl.store(first, dh.to(dinitial_ptr.dtype.element_ty), mask=held)
 
 
-@triton.jit(do_not_specialize=["seqlen"])
+@routed_jit("seqlen")
 def group_kernel(
     shares_ptr, out_ptr, count_ptr, samples_ptr, seqlen, groups, blocks, stride_out,
     STATE: tl.constexpr, STATES: tl.constexpr, TOKENS: tl.constexpr,

@@ -1,10 +1,9 @@
 """The forward pass: a sweep through the tokens."""
 
-import triton
 import triton.language as tl
 
 from ..exponentials import in_base_2, silu
-from ..routing.gate import active_sample
+from ..routing.gate import active_sample, routed_jit
 from .tiles import (
     at,
     beside_states,
@@ -20,7 +19,7 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["seqlen", "dim", "run", "segment", "stride_h", "stride_kept"])
+@routed_jit("seqlen", "dim", "run", "segment", "stride_h", "stride_kept")
 def forward_kernel(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, state_ptr, seq_idx_ptr,
     count_ptr, samples_ptr, out_ptr, final_state_ptr, kept_ptr,

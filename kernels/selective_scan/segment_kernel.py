@@ -1,10 +1,9 @@
 """States across the segments of a length that several programs share out."""
 
-import triton
 import triton.language as tl
 
 from ..exponentials import in_base_2, silu
-from ..routing.gate import active_sample
+from ..routing.gate import active_sample, routed_jit
 from .tiles import (
     at,
     beside_states,
@@ -18,7 +17,7 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["seqlen", "dim", "run", "segment"])
+@routed_jit("seqlen", "dim", "run", "segment")
 def local_kernel(
     x_ptr, delta_ptr, A_ptr, operand_ptr, z_ptr, bias_ptr, seq_idx_ptr, count_ptr, samples_ptr,
     states_ptr, steps_ptr, broken_ptr,
@@ -120,7 +119,7 @@ def local_kernel(
     tl.store(broken_ptr + place * tl.num_programs(0) + tile, broken)
 
 
-@triton.jit(do_not_specialize=["dim", "run", "segments"])
+@routed_jit("dim", "run", "segments")
 def carry_kernel(
     edge_ptr, A_ptr, states_ptr, steps_ptr, broken_ptr, count_ptr, samples_ptr,
     dim, run, segments, stride_edge,

@@ -7,7 +7,6 @@ the 4.8 TB/s of an H200 (at 8 bytes an SM gets 2.5 states per cycle, and has 16 
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -15,10 +14,10 @@ from .. import configs
 from ..exponentials import in_base_2, silu, softplus
 from ..launch import cdiv, next_power_of_2, refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
-from ..routing.gate import active_sample
+from ..routing.gate import active_sample, routed_jit
 
 
-@triton.jit
+@routed_jit()
 def update_kernel(
     state_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, count_ptr, samples_ptr,
     out_ptr,

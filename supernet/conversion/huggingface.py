@@ -7,7 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import model_of, model_tensors, open_tensors, read_json, save_tensors
+from ..checkpoint import (
+    check_names,
+    model_of,
+    model_tensors,
+    open_tensors,
+    read_json,
+    save_tensors,
+)
 from ..errors import ConfigError
 from ..model import SupernetModel
 from ..stochastic import Dispatch
@@ -28,10 +35,7 @@ def read_model(folder: Path, fmt: Format, dispatch: Dispatch) -> SupernetModel:
         drop_tied_head(stored, fmt)
     with torch.device("meta"):
         names = fmt.tensor_names(SupernetModel(config, dispatch))
-    missing, unknown = names.values() - stored.keys(), stored.keys() - names.values()
-    for what, found in (("lacks", missing), ("has the unknown tensor", unknown)):
-        if found:
-            raise ConfigError(f"{folder} {what} {min(found)}, and {len(found) - 1} more")
+    check_names(folder, set(names.values()), stored.keys())
     return model_of(config, {ours: stored[theirs] for ours, theirs in names.items()}, dispatch)
 
 

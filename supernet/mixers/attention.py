@@ -1,6 +1,7 @@
 """Grouped-query attention with rotary positions (Ainslie et al. 2023; Su et al. 2021), as in
 Mistral."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,8 @@ class Attention(nn.Module):
     hidden_size: width of the tokens. heads, kv_heads (defaults to heads), head_dim (defaults to
     hidden_size / heads): its heads; kv_heads divides heads. window_size: how many tokens a query
     sees, itself included; None means all before it. rope_theta: base of the rotary angles; None
-    means no positions. Tensors are named as in transformers' Mistral.
+    means no positions. device, dtype: of the parameters, which are named as in transformers'
+    Mistral.
     """
 
     def __init__(
@@ -37,15 +39,18 @@ class Attention(nn.Module):
         head_dim: int | None = None,
         window_size: int | None = None,
         rope_theta: float | None = 10000.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.heads, self.kv_heads = heads, kv_heads or heads
         self.head_dim = head_dim or hidden_size // heads
         self.window_size, self.rope_theta = window_size, rope_theta
-        self.q_proj = nn.Linear(hidden_size, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, hidden_size, bias=False)
+        linear = partial(nn.Linear, bias=False, device=device, dtype=dtype)
+        self.q_proj = linear(hidden_size, self.heads * self.head_dim)
+        self.k_proj = linear(hidden_size, self.kv_heads * self.head_dim)
+        self.v_proj = linear(hidden_size, self.kv_heads * self.head_dim)
+        self.o_proj = linear(self.heads * self.head_dim, hidden_size)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, as those that were made on the meta device have to be."""

@@ -291,20 +291,24 @@ class GroupedMamba(nn.Module):
         dt_init: str = "random",
         dt_scale: float = 1.0,
         dt_init_floor: float = 1e-4,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d_inner, self.d_xb, self.d_state = d_inner, d_xb or d_inner, state_size
         self.dt_rank = rank_of(dt_rank, hidden_size)
         self.repeat_kv_before_conv = repeat_kv_before_conv
-        self.in_proj = nn.Linear(hidden_size, 2 * self.d_inner + 2 * self.d_xb, bias=bias)
-        self.dt_in_proj = nn.Linear(hidden_size, self.dt_rank, bias=bias)
+        widths = 2 * self.d_inner + 2 * self.d_xb
+        self.in_proj = nn.Linear(hidden_size, widths, bias=bias, **where)
+        self.dt_in_proj = nn.Linear(hidden_size, self.dt_rank, bias=bias, **where)
         steps = StepSizes(dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
-        self.dt_proj = StepProjection(self.dt_rank, d_inner, dt_proj_bias, steps)
+        self.dt_proj = StepProjection(self.dt_rank, d_inner, dt_proj_bias, steps, **where)
         channels = self.d_inner if repeat_kv_before_conv else self.d_xb
-        self.conv1d = depthwise_conv(channels, d_conv, conv_bias)
-        self.A_log = nn.Parameter(torch.empty(self.d_inner, state_size))
-        self.D = nn.Parameter(torch.empty(self.d_inner))
-        self.out_proj = nn.Linear(self.d_inner, hidden_size, bias=bias)
+        self.conv1d = depthwise_conv(channels, d_conv, conv_bias, **where)
+        self.A_log = nn.Parameter(torch.empty(self.d_inner, state_size, device=device))
+        self.D = nn.Parameter(torch.empty(self.d_inner, device=device))
+        self.out_proj = nn.Linear(self.d_inner, hidden_size, bias=bias, **where)
         init_states(self)
 
     def reset_parameters(self) -> None:

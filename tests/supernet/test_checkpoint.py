@@ -70,10 +70,10 @@ def test_tensors_of_any_strides_are_written_as_they_read(tmp_path):
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        (lambda t: t.pop("norm.weight"), "the checkpoint lacks norm.weight, and 0 more"),
+        (lambda t: t.pop("norm.weight"), "the checkpoint lacks norm.weight$"),
         (
             lambda t: t.update(stray=torch.ones(1)),
-            "the checkpoint has the unknown tensor stray, and 0 more",
+            "the checkpoint has the unknown tensor stray$",
         ),
         (
             lambda t: t.update({"norm.weight": torch.ones(1)}),

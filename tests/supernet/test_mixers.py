@@ -1,6 +1,7 @@
 """Mixers against mamba-ssm's and transformers' own modules, and against their equations."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -43,6 +44,19 @@ def test_mamba_is_mamba_ssms(options):
     grads = gradients(ours, out)
     for name, grad in gradients(theirs, expected).items():
         close(grads[name], grad)
+
+
+@pytest.mark.parametrize(
+    "make", [partial(Attention, 16, 2), partial(Mamba, 16), partial(GroupedMamba, 16, 32)]
+)
+def test_parameters_are_made_where_and_as_asked(make):
+    """Mamba's rates and skips stay in float32, as mamba-ssm's do."""
+    wide = {"A_log", "D"}
+    for name, parameter in make(device="meta", dtype=torch.bfloat16).named_parameters():
+        assert parameter.is_meta
+        assert parameter.dtype == (torch.float32 if name in wide else torch.bfloat16)
+    x = torch.randn(2, 5, 16, dtype=torch.bfloat16)
+    assert make(dtype=torch.bfloat16)(x).dtype == torch.bfloat16
 
 
 def test_mamba_starts_as_mamba_ssms_does():

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.supernet.host_reads import RefuseHostReads
 from tossup import Mamba, StochasticMixer
-from tossup.supernet.optimizer import GatedAdamW, clip_grad_norm, parameter_groups
+from tossup.supernet.optimizer import GatedAdamW, clip_grad_norm_, parameter_groups
 
 LAYERS, MIXERS, STEPS = 3, 2, 30
 GATES = [None, *((layer, mixer) for layer in range(LAYERS) for mixer in range(MIXERS))]
@@ -252,7 +252,7 @@ def test_resuming_continues_bit_for_bit(inactive):
         for step in steps:
             used = random_used(torch.Generator().manual_seed(step), 0.5)
             set_gradients(params, step)
-            clip_grad_norm(optimizer, 1.0, used)
+            clip_grad_norm_(optimizer, 1.0, used)
             optimizer.step(used=used)
 
     straight = make_params()
@@ -304,7 +304,7 @@ def test_clipping_sees_the_used_subset_only(max_norm):
     poison_unused(params, used)
     subset = [p for gate in GATES if is_used(gate, used) for p in oracle[gate]]
     expected = torch.nn.utils.clip_grad_norm_(subset, max_norm)
-    norm = clip_grad_norm(GatedAdamW(groups_of(params)), max_norm, used)
+    norm = clip_grad_norm_(GatedAdamW(groups_of(params)), max_norm, used)
     torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0)
     for gate in GATES:
         if is_used(gate, used):
@@ -321,7 +321,7 @@ def test_clipping_takes_groups_of_several_dtypes():
     subset = [param.grad for gate in GATES if is_used(gate, used) for param in params[gate]]
     expected = torch.cat([gradient.double().flatten() for gradient in subset]).norm()
     poison_unused(params, used)
-    norm = clip_grad_norm(GatedAdamW(groups_of(params)), 1.0, used)
+    norm = clip_grad_norm_(GatedAdamW(groups_of(params)), 1.0, used)
     torch.testing.assert_close(norm.double(), expected, rtol=1e-3, atol=0)
     clipped = torch.cat([gradient.double().flatten() for gradient in subset]).norm()
     torch.testing.assert_close(clipped, torch.ones_like(clipped), rtol=2e-3, atol=0)
@@ -332,9 +332,9 @@ def test_clipping_takes_plain_groups_and_missing_gradients():
     for param in params[None]:
         param.grad = torch.ones_like(param)
     elements = sum(param.numel() for param in params[None])
-    norm = clip_grad_norm([{"params": params[None]}], 1.0)
+    norm = clip_grad_norm_([{"params": params[None]}], 1.0)
     torch.testing.assert_close(norm, torch.tensor(float(elements)).sqrt())
-    norm = clip_grad_norm(groups_of(params), 1.0, torch.ones(LAYERS, MIXERS))
+    norm = clip_grad_norm_(groups_of(params), 1.0, torch.ones(LAYERS, MIXERS))
     torch.testing.assert_close(norm, torch.tensor(1.0), rtol=1e-5, atol=0)
 
 
@@ -342,7 +342,7 @@ def test_clipping_keeps_a_used_mixer_s_nan():
     params = make_params()
     set_gradients(params, 0)
     params[2, 1][0].grad[0, 0] = NAN
-    assert clip_grad_norm(groups_of(params), 1.0, torch.ones(LAYERS, MIXERS)).isnan()
+    assert clip_grad_norm_(groups_of(params), 1.0, torch.ones(LAYERS, MIXERS)).isnan()
 
 
 @pytest.mark.parametrize("mode", [FakeTensorMode, RefuseHostReads])
@@ -355,7 +355,7 @@ def test_a_step_reads_nothing_on_the_host(mode, inactive):
             param.grad = torch.ones_like(param)
         used = torch.ones(LAYERS, MIXERS, dtype=torch.int32)
         for _ in range(2):
-            clip_grad_norm(optimizer, 1.0, used)
+            clip_grad_norm_(optimizer, 1.0, used)
             optimizer.step(used=used)
 
 
@@ -379,7 +379,7 @@ def test_a_gate_costs_one_fused_call_and_no_other():
     for gates in (GATES[:3], GATES):
         optimizer = GatedAdamW(groups_of({gate: params[gate] for gate in gates}))
         with Calls() as calls:
-            clip_grad_norm(optimizer, 1.0, torch.ones(LAYERS, MIXERS))
+            clip_grad_norm_(optimizer, 1.0, torch.ones(LAYERS, MIXERS))
             optimizer.step(used=torch.ones(LAYERS, MIXERS))
         assert calls.names.pop("_fused_adamw_") == len(gates)
         counts.append(calls.names)
@@ -421,7 +421,7 @@ def test_wrong_gates(gate):
 def test_wrong_used():
     optimizer = GatedAdamW(groups_of(make_params()))
     step = lambda used: optimizer.step(used=used)  # noqa: E731
-    for call in (step, lambda used: clip_grad_norm(optimizer, 1.0, used)):
+    for call in (step, lambda used: clip_grad_norm_(optimizer, 1.0, used)):
         with pytest.raises(ValueError, match="used is None, but parameters have gates"):
             call(None)
         with pytest.raises(
@@ -464,6 +464,17 @@ def test_groups_put_each_mixers_parameters_behind_its_gate():
             expected[parameter] = (gate, 0.0 if undecayed else 0.3)
     assert found == expected
     GatedAdamW(groups).step(used=torch.ones(2, 2))
+
+    optimizer = GatedAdamW(parameter_groups(model), 0.5, weight_decay=0.2)
+    found = {p: (g["gate"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert found == {p: (gate, 0.2 if decay else 0.0) for p, (gate, decay) in expected.items()}
+    assert {group["lr"] for group in optimizer.param_groups} == {0.5}
+
+
+def test_defaults_are_those_of_the_docstring():
+    (group,) = GatedAdamW([torch.nn.Parameter(torch.ones(1))]).param_groups
+    known = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+    assert known == {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
 def test_layers_of_one_number_are_refused():

@@ -1,6 +1,7 @@
 """The drop-in functions, against their upstreams' own references and signatures."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -53,6 +54,12 @@ DECLARED = {
     "flash_attn_varlen_func": f"q, k, v, {VARLEN}, {OPTIONS}, block_table=None",
     "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {OPTIONS}",
     "flash_attn_varlen_kvpacked_func": f"q, kv, {VARLEN}, {OPTIONS}",
+    "flash_attn_with_kvcache": (
+        "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,"
+        " cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None,"
+        " causal=False, window_size=(-1, -1), softcap=0.0, rotary_interleaved=True,"
+        " alibi_slopes=None, num_splits=0, return_softmax_lse=False"
+    ),
     "causal_conv1d_fn": (
         "x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, "
         "final_states_out=None, activation=None"
@@ -107,9 +114,10 @@ def test_a_complex_A_is_refused():
         compat.selective_scan_fn(**(inputs | {"A": inputs["A"].detach().cfloat()}))
 
 
-def inner_inputs(constant: bool) -> dict[str, Tensor | None]:
+def inner_inputs(constant: str) -> dict[str, Tensor | None]:
+    """constant: which of B and C are given, and not projected."""
     dim, state, rank, hidden = 6, 4, 2, 5
-    projected = rank + (0 if constant else state) + state
+    projected = rank + state * (2 - len(constant))
     return {
         "xz": normal(2, 2 * dim, 11),
         "conv1d_weight": normal(dim, 1, 4),
@@ -119,15 +127,16 @@ def inner_inputs(constant: bool) -> dict[str, Tensor | None]:
         "out_proj_weight": normal(hidden, dim, seed=3),
         "out_proj_bias": normal(hidden),
         "A": -normal(dim, state).exp(),
-        "B": normal(dim, state, seed=4) if constant else None,
+        "B": normal(dim, state, seed=4) if "B" in constant else None,
+        "C": normal(dim, state, seed=9) if "C" in constant else None,
         "D": normal(dim, seed=5),
         "delta_bias": normal(dim, seed=6),
-        "B_proj_bias": None if constant else normal(state, seed=7),
-        "C_proj_bias": normal(state, seed=8),
+        "B_proj_bias": None if "B" in constant else normal(state, seed=7),
+        "C_proj_bias": None if "C" in constant else normal(state, seed=8),
     }
 
 
-@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("constant", ["", "B", "C", "BC"])
 def test_mamba_inner_fn_agrees_with_mamba_ssm(constant):
     inputs = inner_inputs(constant)
     leaves = [t.requires_grad_() for t in inputs.values() if t is not None]
@@ -141,7 +150,7 @@ def test_mamba_inner_fn_agrees_with_mamba_ssm(constant):
 def test_mamba_inner_fn_normalises_what_it_is_told_to():
     """b, c and dt are divided by their root mean square, after the projections' biases; in
     mamba-ssm only its CUDA path does so."""
-    inputs = inner_inputs(constant=False)
+    inputs = inner_inputs("")
     weights = {"b_rms_weight": normal(4), "c_rms_weight": normal(4, seed=1)}
     weights["dt_rms_weight"] = normal(6, seed=2)
     x, z = inputs["xz"].chunk(2, dim=1)
@@ -160,6 +169,24 @@ def test_mamba_inner_fn_normalises_what_it_is_told_to():
     expected = F.linear(y.mT, inputs["out_proj_weight"], inputs["out_proj_bias"])
     ours = compat.mamba_inner_fn(**inputs, **weights, b_c_dt_rms_eps=1e-3)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["B", "C"])
+def test_mamba_inner_fn_normalises_nothing_constant(name):
+    weight = {f"{name.lower()}_rms_weight": normal(4)}
+    with pytest.raises(ValueError, match=f"must be None for a constant {name}"):
+        compat.mamba_inner_fn(**inner_inputs("BC"), **weight)
+
+
+def test_mamba_inner_fn_takes_a_wider_bias_of_its_output():
+    """As transformers hands it over."""
+    inputs = inner_inputs("")
+    wide = inputs["out_proj_bias"] + 2.0**-12
+    narrow = {n: t if t is None else t.bfloat16() for n, t in inputs.items()}
+    narrow |= {"A": inputs["A"], "D": inputs["D"], "delta_bias": inputs["delta_bias"]}
+    expected = compat.mamba_inner_fn(**narrow | {"out_proj_bias": wide.bfloat16()})
+    out = compat.mamba_inner_fn(**narrow | {"out_proj_bias": wide})
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("heads, groups", [(None, 1), (6, 1), (6, 3)])
@@ -203,6 +230,17 @@ def test_selective_state_update_of_one_head_whose_stride_says_nothing():
     out = compat.selective_state_update(ours, *inputs)
     torch.testing.assert_close(out, selective_state_update_ref(theirs, *inputs))
     torch.testing.assert_close(ours, theirs)
+
+
+def test_selective_state_update_writes_heads_that_lie_apart():
+    """Heads and channels are no single view then."""
+    state = torch.cat([normal(2, 3, 4, 5), normal(2, 3, 1, 5, seed=9)], 2)[:, :, :4]
+    inputs = [normal(2, 3, 4), normal(2, 3, 4, seed=1), -normal(3, 4, 5).exp()]
+    inputs += [normal(2, 1, 5), normal(2, 1, 5, seed=3)]
+    theirs = state.clone()
+    out = compat.selective_state_update(state, *inputs)
+    torch.testing.assert_close(out, selective_state_update_ref(theirs, *inputs))
+    torch.testing.assert_close(state, theirs)
 
 
 @pytest.mark.parametrize("channel_last", [False, True])
@@ -266,10 +304,16 @@ QKV = normal(2, 9, 3, 4, 8)
 BOUNDS = torch.tensor([0, 5, 9, 18], dtype=torch.int32)
 
 
-def test_attention_in_every_packing_is_the_same():
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_attention_in_every_packing_is_the_same(dropout_p, monkeypatch):
     options = dict(causal=True, window_size=(3, -1), softcap=4.0, softmax_scale=0.5)
+    options |= dict(alibi_slopes=torch.tensor([0.5, 0.25, 0.1, 0.7]), dropout_p=dropout_p)
+    torch.manual_seed(0)
+    seeded = partial(flash_attention, dropout_seed=torch.tensor(5) if dropout_p else None)
+    monkeypatch.setattr("tossup.kernels.compat.flash_attn.flash_attention", seeded)
     q, k, v = QKV.unbind(2)
-    expected = flash_attention(q, k, v, **options)
+    expected = seeded(q, k, v, **options)
+    assert not torch.equal(expected, flash_attention(q, k, v, **options | {"dropout_p": 0.2}))
     torch.testing.assert_close(compat.flash_attn_func(q, k, v, **options), expected)
     torch.testing.assert_close(compat.flash_attn_qkvpacked_func(QKV, **options), expected)
     kv = QKV[:, :, 1:]
@@ -277,7 +321,7 @@ def test_attention_in_every_packing_is_the_same():
 
     flat = QKV.flatten(0, 1)
     q, k, v = flat.unbind(1)
-    expected = flash_attention(q, k, v, cu_seqlens_q=BOUNDS, **options)
+    expected = seeded(q, k, v, cu_seqlens_q=BOUNDS, **options)
     bounds = (BOUNDS, BOUNDS, 9, 9)
     for ours in (
         compat.flash_attn_varlen_func(q, k, v, *bounds, **options),
@@ -318,6 +362,32 @@ def test_attention_refuses_what_it_cannot_give():
         )
     with pytest.raises(ValueError, match=r"qkv must be .* 3, heads, head_dim"):
         compat.flash_attn_qkvpacked_func(QKV[:, :, :2])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(v=None), "k and v must come together, got k alone"),
+        (dict(k=None), "k and v must come together, got v alone"),
+        (dict(rotary_cos=normal(16, 2)), "must come together, got rotary_cos alone"),
+        (
+            dict(k=None, v=None, rotary_cos=normal(16, 2), rotary_sin=normal(16, 2)),
+            "rotary_cos must be None where k is None",
+        ),
+        (dict(cache_seqlens=None), "cache_seqlens must say where to write k"),
+        (dict(cache_seqlens=15), "leave room for k in the 16 places .* got 15 and 2 new ones"),
+        (dict(cache_seqlens=-1), "leave room for k"),
+        (dict(cache_seqlens=torch.tensor([3])), r"an int or \(batch,\) = \(2,\), got \(1,\)"),
+        (dict(block_table=torch.zeros(2, 2)), "block_table must be None"),
+    ],
+)
+def test_a_step_that_does_not_fit_its_cache_is_refused(change, message):
+    cache = normal(2, 16, 4, 8)
+    before, (q, k, v) = cache.clone(), QKV[:, :2].unbind(2)
+    options = dict(k=k, v=v, cache_seqlens=3) | change
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        compat.flash_attn_with_kvcache(q, cache, cache, **options)
+    assert torch.equal(cache, before)
 
 
 @pytest.mark.parametrize("on_device", [False, True])

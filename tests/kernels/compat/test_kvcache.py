@@ -27,11 +27,13 @@ def turned(x: Tensor, places: Tensor, angles: tuple[Tensor, Tensor], interleaved
 
 
 def attended(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: tuple[int, int], slopes: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: tuple[int, int], slopes: Tensor | None,
+    scale: float | None, cap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One sample's output (queries, heads, dim), and its log-sum-exp (heads, queries)."""
     k, v = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))
-    scores = torch.einsum("ihd,jhd->hij", q, k) * DIM**-0.5
+    scores = torch.einsum("ihd,jhd->hij", q, k) * (scale or DIM**-0.5)
+    scores = cap * (scores / cap).tanh() if cap else scores
     left, right = window[0], 0 if causal else window[1]
     distance = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
     if slopes is not None:
@@ -58,6 +60,7 @@ def drawn(seed: int) -> dict:
         "causal": choice([True, False]), "window": choice([(-1, -1), (4, 0), (3, 2)]),
         "slopes": choice([None, (HEADS,), (BATCH, HEADS)]),
         "lengths": choice(list(LENGTHS)), "strided": choice([True, False]),
+        "scale": choice([None, 0.2]), "cap": choice([0.0, 1.5]),
     }  # fmt: skip
 
 
@@ -97,7 +100,16 @@ def test_a_step_behind_a_cache(seed):
         seen = slice(0 if leftpad is None else int(leftpad[sample]), length)
         slope = slopes if slopes is None or slopes.ndim == 1 else slopes[sample]
         rows.append(
-            attended(query, kept[0][entry, seen], kept[1][entry, seen], causal, window, slope)
+            attended(
+                query,
+                kept[0][entry, seen],
+                kept[1][entry, seen],
+                causal,
+                window,
+                slope,
+                options["scale"],
+                options["cap"],
+            )
         )
 
     out, lse = compat.flash_attn_with_kvcache(
@@ -105,6 +117,7 @@ def test_a_step_behind_a_cache(seed):
         cache_seqlens=7 if options["lengths"] == "alike" else lengths.int(),
         cache_batch_idx=entries, cache_leftpad=leftpad, causal=causal, window_size=window,
         rotary_interleaved=interleaved, alibi_slopes=slopes, return_softmax_lse=True,
+        softmax_scale=options["scale"], softcap=options["cap"],
     )  # fmt: skip
     outs, lses = (torch.stack(column) for column in zip(*rows, strict=True))
     for ours, theirs in ((out, outs), (lse, lses), (keys, kept[0]), (values, kept[1])):
