@@ -4,28 +4,27 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from .schema import Strict
 from .timing import Stopwatch, rounds_within, take_turns
 
 Direction = Literal["forward", "forward+backward", "decode"]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0)]
 SECONDS = 2.0  # of all mixers' runs together
 ROUNDS = 5, 200  # fewest and most
 
 
-class Latency(BaseModel):
+class Latency(Strict):
     """milliseconds: of one mixer in one layer, over the whole batch. error: as a part of it; None
     where it is not known. about: where both come from."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     milliseconds: Positive
-    error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+    error: Annotated[float, Field(ge=0)] | None
     about: str
 
 
-class LatencyTable(BaseModel):
+class LatencyTable(Strict):
     """Every mixer of a model, by name, at one shape on one device.
 
     source: measured, or a roofline. model: what the mixers are, hidden_size and their
@@ -33,8 +32,6 @@ class LatencyTable(BaseModel):
     direction: decode is one token of each sample, behind seqlen - 1 others. versions: of what was
     measured.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     unit: Literal["milliseconds"] = "milliseconds"
     source: Literal["measured", "roofline"]

@@ -213,6 +213,8 @@ def fault(call: Callable[[], Results], prepared: Prepared) -> str | None:
     try:
         with poisoned_memory():
             results = call()
+    except torch.OutOfMemoryError:  # no candidate's fault
+        raise
     except (TritonError, RuntimeError) as error:  # code that ptxas or the driver refuses
         return f"it does not run: {said(error)}"
     sentence = prepared.wrong(results)

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -23,6 +21,7 @@ from pydantic import (
 )
 from torch.nn import ModuleDict
 
+from ..autotune.schema import Strict
 from ..kernels.routing import Strategy
 from .data import DataConfig
 from .errors import ConfigError
@@ -32,11 +31,7 @@ from .search.config import SearchConfig, check_samples
 SEED_SHIFT = 501974169931277706872159392843
 
 
-class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class AttentionConfig(Config):
+class AttentionConfig(Strict):
     """Causal softmax attention with grouped key and value heads and rotary positions."""
 
     type: Literal["attention"]
@@ -65,7 +60,7 @@ class AttentionConfig(Config):
             )
 
 
-class MambaConfig(Config):
+class MambaConfig(Strict):
     """Mamba in Apriel's grouped form, fit to take over the heads of grouped-query attention.
 
     x and B have d_xb channels, z and C have d_inner; x and B are repeated to d_inner as grouped
@@ -108,7 +103,7 @@ class MambaConfig(Config):
         return self
 
 
-class Mamba1Config(Config):
+class Mamba1Config(Strict):
     """Mamba as in mamba_ssm.Mamba, with its defaults."""
 
     type: Literal["mamba1"]
@@ -125,7 +120,7 @@ PlainMixerConfig = Annotated[
 ]
 
 
-class StochasticMixerConfig(Config):
+class StochasticMixerConfig(Strict):
     """Several mixers in one layer; each step draws which one runs.
 
     The fields and their meaning are those of Fast-LLM's StochasticMixerConfig; `sandwich`,
@@ -256,7 +251,7 @@ MixerConfig = Annotated[
 ]
 
 
-class ModelConfig(Config):
+class ModelConfig(Strict):
     """A decoder: embedding, blocks of mixer and SwiGLU, norm, head."""
 
     vocab_size: PositiveInt = Field(description="tokens")
@@ -306,7 +301,7 @@ class ModelConfig(Config):
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class TrainingConfig(Config):
+class TrainingConfig(Strict):
     """How a supernet is trained. Rates are per optimizer step, sizes in samples."""
 
     steps: PositiveInt = Field(description="of the optimizer")
@@ -376,7 +371,7 @@ class TrainingConfig(Config):
         return self
 
 
-class RunConfig(Config):
+class RunConfig(Strict):
     """One file for training, search and evaluation."""
 
     output: Path = Field(description="the run's folder")

@@ -3,7 +3,8 @@
 The lanes of the vector unit lie along channels, and a block's state stays in the first-level cache.
 The forward pass keeps the state of every CHUNK-th token. The backward pass takes chunks from last
 to first, replays each from its kept state, and sweeps it in reverse; the recurrence is never
-inverted. Every sum over channels or samples has one order, whatever the number of threads.
+inverted. The sweeps' own sums have one order, whatever the number of threads; where torch divides
+what is around them among its threads (from 32768 numbers on), rounding depends on their number.
 
 Floor: arithmetic. For each channel, token and state the forward pass needs one exponential, 12
 vector instructions, and 4 more; the backward pass has those again, 9 more, and two sums over the

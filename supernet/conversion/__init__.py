@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from ...autotune.schema import Strict
 from ..checkpoint import FORMAT, read_checkpoint, read_json, save_model
-from ..config import Config
 from ..errors import ConfigError
 from ..files import directory_atomically, recover_directory
 from ..model import SupernetModel
@@ -37,7 +37,7 @@ CHECKPOINT = {"config.json", "model.safetensors"}
 FORMATS = {fmt.model_type: fmt for fmt in (APRIEL_HYBRID, MISTRAL)}
 
 
-class ConvertConfig(Config):
+class ConvertConfig(Strict):
     """What `tossup convert` reads and writes."""
 
     input: Path = Field(description="a checkpoint of any format, or a run, for its newest one")

@@ -14,18 +14,17 @@ are keys (0 is none), those above are values, and no key or value occurs in two 
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from ...autotune.schema import Strict
 from .dataset import IGNORED, Dataset, Stream
 
 
-class MQARConfig(BaseModel):
+class MQARConfig(Strict):
     """Multi-query associative recall, with the defaults of the paper's generator.
 
     Random tokens where there is neither a pair nor a query may be keys, but are not scored.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["mqar"] = "mqar"
     vocab_size: int = Field(
@@ -36,7 +35,6 @@ class MQARConfig(BaseModel):
     power_a: float = Field(
         default=0.01,
         gt=0,
-        allow_inf_nan=False,
         description="exponent of the gaps between a pair and its query; 1: uniform",
     )
     random_non_queries: bool = Field(True, description="other positions hold random tokens, not 0")

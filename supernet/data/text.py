@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from ...autotune.schema import Strict
 from ..errors import ConfigError
 from .dataset import Dataset, Stream
 
 STDLIB = "python-stdlib"
 
 
-class TextConfig(BaseModel):
+class TextConfig(Strict):
     """Text files as bytes.
 
     paths: files, globs (`**` for any depth) and directories (searched at any depth for `suffixes`).
@@ -27,8 +28,6 @@ class TextConfig(BaseModel):
         that a cap takes a fair sample of them; the last one is cut.
     held_out: the fraction of files that only evaluation sees, at least one: the first in order.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["text"] = "text"
     paths: tuple[str, ...] = Field(

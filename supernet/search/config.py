@@ -4,8 +4,6 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveInt,
@@ -13,14 +11,14 @@ from pydantic import (
     model_validator,
 )
 
+from ...autotune.schema import Strict
 
-class SearchConfig(BaseModel):
+
+class SearchConfig(Strict):
     """What to search for, how, and on how much data.
 
     Budgets are checked against the model's layers and mixers by `SearchSpace.from_budgets`.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     training_config: Path | None = Field(None, description="the run whose model is searched")
     budgets: list[StrictInt] | dict[str, StrictInt] = Field(

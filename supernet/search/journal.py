@@ -17,8 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt
+from pydantic import NonNegativeInt
 
+from ...autotune.schema import Strict
 from ..errors import ConfigError
 from .scoring import Score, ScoreFunction, evaluate
 from .space import Placement
@@ -47,10 +48,8 @@ class Fingerprints:
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-class Record(BaseModel):
+class Record(Strict):
     """One line of the journal."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     key: str
     placement: list[str]

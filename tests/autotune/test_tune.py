@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.runtime.errors import TritonError
 
 from tossup.autotune import tune as tuning
 from tossup.autotune.candidates import SPACES, candidates
@@ -223,6 +224,21 @@ def test_what_is_gated_off_and_a_wrong_heuristic_are_refused(path):
     ):
         run(Op(wrong=[HEURISTIC]), path)
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "error, ends",
+    [(RuntimeError, False), (TritonError, False), (torch.OutOfMemoryError, True)],
+)
+def test_a_candidate_that_does_not_run_is_refused_and_a_full_memory_ends_the_tuner(error, ends):
+    def call():
+        raise error("of the driver")
+
+    if ends:
+        with pytest.raises(error):
+            tuning.fault(call, None)
+    else:
+        assert tuning.fault(call, None) == "it does not run: of the driver"
 
 
 def test_memory_is_poisoned_while_results_are_made():

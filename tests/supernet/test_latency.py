@@ -1,15 +1,17 @@
 """Latency tables: rooflines by hand, measurements, calibration, and a search that uses them."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 import yaml
 
 from tests.supernet.tiny import model_values, run_values
-from tossup.autotune.latency import Latency, LatencyTable, read_table
+from tossup.autotune.latency import Latency, LatencyTable, measure, read_table
 from tossup.autotune.peaks import PEAKS
 from tossup.autotune.roofline import estimate
+from tossup.autotune.timing import CpuStopwatch
 from tossup.autotune.workloads import Workload
 from tossup.supernet import latency
 from tossup.supernet.cli import main
@@ -174,6 +176,19 @@ def test_mixers_are_measured_where_the_run_trains(tmp_path, monkeypatch, directi
     assert all(mixer.milliseconds > 0 for mixer in table.mixers.values())
     assert "median of 3 runs, by clock" in table.mixers["mamba"].about
     assert read_table(path) == table
+
+
+def test_what_is_measured_is_told_in_milliseconds(monkeypatch):
+    monkeypatch.setattr("tossup.autotune.latency.ROUNDS", (3, 3))
+    now = [0.0]
+
+    def call(seconds):
+        now[0] += seconds
+
+    calls = {"slow": partial(call, 0.25), "fast": partial(call, 0.003)}
+    found = measure(calls, CpuStopwatch(lambda: now[0]))
+    assert found["slow"].milliseconds == pytest.approx(250)
+    assert found["fast"].milliseconds == pytest.approx(3)
 
 
 def test_a_mixers_time_goes_to_its_name(tmp_path, monkeypatch):
