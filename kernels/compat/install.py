@@ -8,6 +8,7 @@ version all see one and the same package, and with the finder all of it is gone.
 import importlib
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -217,17 +218,30 @@ LAZY_NAMES = (
 )
 
 
+def warn_of(module: str) -> None:
+    warnings.warn(
+        f"{module} keeps none of the names that are known here: import transformers after install()",
+        stacklevel=4,
+    )
+
+
 def forget_probes(packages: Sequence[str], lazy: dict[str, Any] | None = None) -> dict[str, Any]:
     """Let an imported transformers probe anew, and set what it keeps of flash-attn to `lazy`.
 
-    Returns what it kept.
+    Returns what it kept. Warns where a transformers has no such names, as it may go on believing
+    that the packages are absent.
     """
-    for probe in vars(sys.modules.get(PROBES, ModuleType(PROBES))).values():
-        if hasattr(probe, "cache_clear"):
+    if PROBES in sys.modules:
+        probes = [p for p in vars(sys.modules[PROBES]).values() if hasattr(p, "cache_clear")]
+        for probe in probes:
             probe.cache_clear()
+        if not probes:
+            warn_of(PROBES)
     if "flash_attn" not in packages or LAZY not in sys.modules:
         return {}
     names = vars(sys.modules[LAZY])
     kept = {name: names[name] for name in LAZY_NAMES if name in names}
+    if not kept:
+        warn_of(LAZY)
     names.update({name: (lazy or {}).get(name) for name in kept})
     return kept

@@ -50,7 +50,8 @@ from .forward_kernel import forward_kernel, join_kernel
 FEW, RESIDENT, SHORTEST, MOST = 16, 2, 256, 64
 
 # The tile that a program holds, the tile that it goes through, and the stages of the pipeline, by
-# the head dim that fits. Found by compiling offline: the largest that spill no register.
+# the head dim that fits. Found by compiling offline: the largest that spill no register, where head
+# dims are multiples of 16. Of others, pointers load numbers one by one, and some spill.
 Tiles = dict[str, dict[int, tuple[int, int, int]]]
 DESCRIBED: Tiles = {  # sm_90, sm_100: keys and values that descriptors load
     "forward": {64: (128, 128, 3), 128: (128, 128, 2), 256: (128, 32, 2)},

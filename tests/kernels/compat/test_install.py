@@ -3,8 +3,12 @@
 import json
 import subprocess
 import sys
+from functools import lru_cache
+from types import ModuleType
 
 import pytest
+
+from tossup.kernels.compat.install import LAZY, PROBES, forget_probes
 
 # mamba-ssm is there, as an oracle: it is hidden where a test says so.
 PRELUDE = """
@@ -74,6 +78,17 @@ def test_other_names_are_refused():
         from tossup.kernels import compat
 
         compat.install(packages=["fla"])
+
+
+@pytest.mark.parametrize("other", [PROBES, LAZY])
+def test_a_transformers_of_other_names_is_told_of(other, monkeypatch):
+    for name in (PROBES, LAZY):
+        module = ModuleType(name)
+        if name != other:
+            module._flash_fn = lru_cache(lambda: True)
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.warns(UserWarning, match=f"{other} keeps none of the names"):
+        forget_probes(["flash_attn"])
 
 
 MAMBA = """
