@@ -220,7 +220,7 @@ LAZY_NAMES = (
 
 def warn_of(module: str) -> None:
     warnings.warn(
-        f"{module} keeps none of the names that are known here: import transformers after install()",
+        f"{module} keeps none of the names that are known here: import transformers after this",
         stacklevel=4,
     )
 
