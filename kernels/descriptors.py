@@ -38,13 +38,16 @@ def strides_of(
 ) -> tuple[int, ...] | None:
     """As a descriptor has them; None where it can have none.
 
-    A stride that no number needs may be any, and is replaced.
+    A stride that no number needs may be any, and becomes what it is where all lies in one piece.
     """
-    outer = [s if size > 1 else ALIGNED for size, s in zip(shape[:-1], strides[:-1], strict=True)]
-    described = (
-        dtype.itemsize == 2
-        and shape.numel() > 0
-        and strides[-1] == 1
-        and all(s > 0 and s * dtype.itemsize % ALIGNED == 0 for s in outer)
-    )
-    return (*outer, 1) if described else None
+    if dtype.itemsize != 2 or shape.numel() == 0 or strides[-1] != 1:
+        return None
+    vector, extent, found = ALIGNED // dtype.itemsize, shape[-1], [1]
+    for size, stride in zip(shape[-2::-1], strides[-2::-1], strict=True):
+        if size == 1:
+            stride = -(-extent // vector) * vector
+        if stride <= 0 or stride % vector != 0:
+            return None
+        found.append(stride)
+        extent = size * stride
+    return tuple(found[::-1])
