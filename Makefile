@@ -83,12 +83,13 @@ $(OLDEST): $(PACKAGE)
 	@touch $@
 
 # torch's CUDA build, which also runs on a CPU; others pin no Triton. The interpreter of Triton 3.6
-# takes no numpy from 2.4 on, and torch 2.11 no setuptools from 82 on.
+# takes no numpy from 2.4 on, torch 2.11 no setuptools from 82 on, and no older one than 70.1 makes
+# wheels by itself.
 .venv-oldest/stamp: setup.py constraints.txt
 	@rm -rf .venv-oldest
 	@$(PYTHON) -m venv .venv-oldest
 	@grep -vE '^(torch|numpy|setuptools|fsspec|networkx|sympy)==' constraints.txt >.venv-oldest/constraints.txt
-	@$(OLDEST_PIP) torch==2.11.0 'numpy<2.4' 'setuptools<82'
+	@$(OLDEST_PIP) torch==2.11.0 'numpy<2.4' 'setuptools>=70.1,<82'
 	@$(OLDEST_PIP) --quiet --editable '.[dev]'
 	@MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
 		$(OLDEST_PIP) --quiet --no-deps --no-build-isolation mamba-ssm kernels
