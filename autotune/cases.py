@@ -177,6 +177,9 @@ def attentions() -> Iterator[Case]:
         yield Case("flash_attention", name, partial(attend, dtype, head_dim))
         name += ", window, softcap, ALiBi, dropout"
         yield Case("flash_attention", name, partial(attend, dtype, head_dim, busy=True))
+    for head_dim in (40, 200):  # 16 does not divide them, nor strides
+        name = f"routed, bf16, 4×4096×32×{head_dim}"
+        yield Case("flash_attention", name, partial(attend, torch.bfloat16, head_dim))
     for head_dim in (64, 128, 256):
         name = f"routed, bf16, 4×1×32×{head_dim} of 8192 keys"
         yield Case("flash_attention", name, partial(decode, head_dim))

@@ -154,7 +154,8 @@ class GpuStopwatch:
         except RuntimeError as error:
             self.cuda.set_stream(before)  # a capture that ends in an error leaves another
             self.cuda.synchronize()
-            leave_pool(pool)
+            if self.cuda is torch.cuda:
+                leave_pool(pool)
             return self.run(calls, repeats, warm, f"calls, not a graph: {said(error)}")
         return self.run(graph.replay, repeats, warm, "graph")
 
@@ -181,7 +182,7 @@ def flush_of(size: int) -> Call:
 def leave_pool(pool: Any) -> None:
     """Of a capture that failed: before 2.12 torch may go on allocating there, and refuse every
     later capture (pytorch/pytorch#180395)."""
-    if torch.__version__ < "2.12" and torch.cuda.is_available():
+    if torch.__version__ < "2.12":
         with suppress(RuntimeError):  # where the capture itself came to its end, nothing is left
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 

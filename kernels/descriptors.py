@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+DESCRIBES = 90  # the compute capability from which on there is TMA
 ALIGNED = 16  # bytes: where a tensor begins, and between the numbers of all axes but the last
 BRIEF = 2**30  # multiplications, 5 µs on an H200; the host takes about as long for two descriptors
 
@@ -40,7 +41,7 @@ def strides_of(
 
     A stride that no number needs may be any, and becomes what it is where all lies in one piece.
     """
-    if dtype.itemsize != 2 or shape.numel() == 0 or strides[-1] != 1:
+    if dtype.itemsize != 2 or shape.numel() == 0 or max(shape) >= 2**31 or strides[-1] != 1:
         return None
     vector, extent, found = ALIGNED // dtype.itemsize, shape[-1], [1]
     for size, stride in zip(shape[-2::-1], strides[-2::-1], strict=True):

@@ -152,7 +152,8 @@ class StochasticMixer(nn.Module):
         self.layer, self.router, self.dispatch, self.streams = layer, router, dispatch, streams
         self.num_outputs = num_outputs
         self.batched_kwargs = BATCHED_KWARGS | batched_kwargs
-        self._checked: list[Any] = []  # what the mixers were made of when they were last checked
+        # What mixers were made of when last checked: kept, lest another object get an id of theirs
+        self._checked: list[Any] = []
         if dispatch == "device":
             self._check_routed()
         # int32, per mixer, on the device, made of this number when there is one: above 0 gradients
@@ -459,7 +460,9 @@ def takes_all_kwargs(mixer: nn.Module) -> bool:
 
 def signature_of(mixer: nn.Module) -> inspect.Signature:
     forward = getattr(mixer, "_orig_mod", mixer).forward  # behind torch.compile's
-    forward = getattr(forward, "__func__", forward)
-    if forward not in SIGNATURES:
-        SIGNATURES[forward] = inspect.signature(forward)
-    return SIGNATURES[forward]
+    if torch.compiler.is_compiling():  # which knows no weak references
+        return inspect.signature(forward)
+    function = getattr(forward, "__func__", forward)
+    if function not in SIGNATURES:
+        SIGNATURES[function] = inspect.signature(forward)
+    return SIGNATURES[function]

@@ -109,6 +109,7 @@ def measure(stopwatch: Stopwatch, calls: Sequence[Callable[[], object]]) -> list
     """All in graphs, or none: a graph costs the host less, which is no merit of a kernel."""
     runs = {str(place): stopwatch.prepare(call) for place, call in enumerate(calls)}
     if len({run.method == "graph" for run in runs.values()}) > 1:
+        runs.clear()  # graphs keep memory, of which there may be too little
         runs = {
             str(place): stopwatch.prepare(call, captured=False) for place, call in enumerate(calls)
         }

@@ -70,7 +70,7 @@ def dq_kernel(
     stride_dout, stride_dlse, stride_q, stride_k, stride_v, stride_slopes, stride_out, stride_lse,
     stride_dq, stride_delta,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    OFFSET: tl.constexpr,
+    OFFSET: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dQ of a tile of queries; and their lse in units of log 2 and their Δ, for dkdv_kernel.
 
@@ -93,15 +93,15 @@ def dq_kernel(
         seed = tl.load(seed_ptr)
     scoring = (scale, softcap, slope)
     dropout = (seed, threshold, keep_scale, sample.to(tl.int32), head)
-    queries = tiles_of(q_ptr, stride_q, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
-    douts = tiles_of(dout_ptr, stride_dout, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
-    outs = tiles_of(out_ptr, stride_out, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
-    dqs = tiles_of(dq_ptr, stride_dq, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
+    queries = tiles_of(q_ptr, stride_q, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET, UNIT)
+    douts = tiles_of(dout_ptr, stride_dout, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET, UNIT)
+    outs = tiles_of(out_ptr, stride_out, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET, UNIT)
+    dqs = tiles_of(dq_ptr, stride_dq, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET, UNIT)
     keys = tiles_of(
-        k_ptr, stride_k, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET, k_tiles
+        k_ptr, stride_k, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET, UNIT, k_tiles
     )
     values = tiles_of(
-        v_ptr, stride_v, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET, v_tiles
+        v_ptr, stride_v, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET, UNIT, v_tiles
     )
     i = first + tl.arange(0, BLOCK_M)
 
@@ -176,7 +176,7 @@ def dkdv_kernel(
     seqlen_q, seqlen_k, group, left, right, scale, softcap, threshold: tl.uint32, keep_scale,
     stride_dout, stride_q, stride_k, stride_v, stride_slopes, stride_delta, stride_dk,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    OFFSET: tl.constexpr,
+    OFFSET: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a tile of keys, summed over the heads of its group, one after the other.
 
@@ -192,10 +192,10 @@ def dkdv_kernel(
     if first >= seqlen_k:
         return
     window = (seqlen_k - seqlen_q, seqlen_k, left, right)
-    keys = tiles_of(k_ptr, stride_k, sample, row_k, kv_head, BLOCK_N, BLOCK_D, OFFSET)
-    values = tiles_of(v_ptr, stride_v, sample, row_k, kv_head, BLOCK_N, BLOCK_D, OFFSET)
-    dks = tiles_of(dk_ptr, stride_dk, sample, row_k, kv_head, BLOCK_N, BLOCK_D, OFFSET)
-    dvs = tiles_of(dv_ptr, stride_dk, sample, row_k, kv_head, BLOCK_N, BLOCK_D, OFFSET)
+    keys = tiles_of(k_ptr, stride_k, sample, row_k, kv_head, BLOCK_N, BLOCK_D, OFFSET, UNIT)
+    values = tiles_of(v_ptr, stride_v, sample, row_k, kv_head, BLOCK_N, BLOCK_D, OFFSET, UNIT)
+    dks = tiles_of(dk_ptr, stride_dk, sample, row_k, kv_head, BLOCK_N, BLOCK_D, OFFSET, UNIT)
+    dvs = tiles_of(dv_ptr, stride_dk, sample, row_k, kv_head, BLOCK_N, BLOCK_D, OFFSET, UNIT)
     j = first + tl.arange(0, BLOCK_N)
 
     # [BLOCK_N, BLOCK_D]
@@ -213,9 +213,11 @@ def dkdv_kernel(
             seed = tl.load(seed_ptr)
         scoring = (scale, softcap, slope)
         dropout = (seed, threshold, keep_scale, sample.to(tl.int32), head)
-        queries = tiles_of(q_ptr, stride_q, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET, q_tiles)
+        queries = tiles_of(
+            q_ptr, stride_q, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET, UNIT, q_tiles
+        )
         douts = tiles_of(
-            dout_ptr, stride_dout, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET, dout_tiles
+            dout_ptr, stride_dout, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET, UNIT, dout_tiles
         )
         place = sample * stride_delta[0] + tl.cast(head, tl.int64) * stride_delta[1] + row_q
         dk, dv = gather_dkdv(

@@ -63,15 +63,15 @@ def forward_kernel(
     seqlen_q, seqlen_k, group, left, right, scale, softcap, threshold: tl.uint32, keep_scale, parts,
     stride_q, stride_k, stride_v, stride_slopes, stride_out, stride_lse, stride_parts,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    OFFSET: tl.constexpr,
+    OFFSET: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries of one head of one active sample; the last tile, the longest, goes first.
 
     scale: not negative, so that the largest product has the largest score.
     parts: None; or how many programs share out the keys of one tile, which holds all queries. Each
     writes what its keys alone would give, to its part of out and lse, which lie stride_parts apart.
-    stride_*: (batch, seqlen, heads, head_dim); of slopes (batch, heads), of lse (batch, heads,
-    seqlen).
+    stride_*: (batch, seqlen, heads) in UNIT numbers, and head_dim; of slopes (batch, heads), of lse
+    (batch, heads, seqlen).
     """
     sample = active_sample(count_ptr, samples_ptr, tl.program_id(2))
     if sample < 0:
@@ -95,14 +95,14 @@ def forward_kernel(
         seed = tl.load(seed_ptr)
     scoring = (scale, softcap, slope)
     dropout = (seed, threshold, keep_scale, sample.to(tl.int32), head)
-    queries = tiles_of(q_ptr, stride_q, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
+    queries = tiles_of(q_ptr, stride_q, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET, UNIT)
     keys = tiles_of(
-        k_ptr, stride_k, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET, k_tiles
+        k_ptr, stride_k, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET, UNIT, k_tiles
     )
     values = tiles_of(
-        v_ptr, stride_v, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET, v_tiles
+        v_ptr, stride_v, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET, UNIT, v_tiles
     )
-    outs = tiles_of(out_ptr, stride_out, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET)
+    outs = tiles_of(out_ptr, stride_out, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET, UNIT)
     i = first + tl.arange(0, BLOCK_M)
 
     # [BLOCK_M, BLOCK_D]

@@ -30,6 +30,7 @@ D = 64 the forward's FLOPs and exp2 are equal, and below that exp2 binds. Bytes 
 """
 
 import math
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -37,7 +38,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import configs
-from ..descriptors import describable, describe, pay
+from ..descriptors import DESCRIBES, describable, describe, pay
 from ..launch import PROGRAMS, cdiv, next_power_of_2, refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
 from ..target import arch, processors
@@ -50,8 +51,8 @@ from .forward_kernel import forward_kernel, join_kernel
 FEW, RESIDENT, SHORTEST, MOST = 16, 2, 256, 64
 
 # The tile that a program holds, the tile that it goes through, and the stages of the pipeline, by
-# the head dim that fits. Found by compiling offline: the largest that spill no register, where head
-# dims are multiples of 16. Of others, pointers load numbers one by one, and some spill.
+# the head dim that fits. Found by compiling offline for sm_90 and sm_80: the largest that spill no
+# register, where head dims are multiples of 8.
 Tiles = dict[str, dict[int, tuple[int, int, int]]]
 DESCRIBED: Tiles = {  # sm_90, sm_100: keys and values that descriptors load
     "forward": {64: (128, 128, 3), 128: (128, 128, 2), 256: (128, 32, 2)},
@@ -89,6 +90,7 @@ def configure(
     """
     heads, head_dim = q.shape[-2:]
     left, right = window
+    described = described and arch() >= DESCRIBES
     facts = {
         "dtype": str(q.dtype), "head_dim": head_dim, "left": left >= 0, "right": right >= 0,
         "described": described, "busy": busy,
@@ -150,10 +152,25 @@ def grid_of(heads: int, longest: int, block: int, sequences: int) -> tuple[int, 
     return grid
 
 
-def offsets_within(*tiles: Tensor) -> tl.dtype:
-    """The integer that holds every offset within a tile, of up to 256 rows."""
-    reach = max(256 * x.stride(-3) + 256 * x.stride(-1) for x in tiles)
-    return tl.int32 if reach < 2**31 else tl.int64
+def addressing(*tensors: Tensor) -> dict[str, Any]:
+    """OFFSET, the integer that holds every offset within a tile, of up to 256 rows; and UNIT, in
+    which strides are given.
+
+    Triton knows of an argument whether 16 divides it, and else nothing. That 8, 4 or 2 does, of 16
+    bit numbers, is told by the unit; without it they would be loaded one by one.
+    """
+    reach = max(256 * x.stride(-3) + 256 * x.stride(-1) for x in tensors)
+    common = math.gcd(*(stride for x in tensors for stride in x.stride()[:-1]))
+    unit = common & -common or 16
+    return {
+        "OFFSET": tl.int32 if reach < 2**31 else tl.int64,
+        "UNIT": unit if unit < 16 else 1,
+    }
+
+
+def in_units(tensor: Tensor, unit: int) -> tuple[int, ...]:
+    *outer, last = strides(tensor, 4)
+    return *(stride // unit for stride in outer), last
 
 
 def descriptors(
@@ -230,12 +247,14 @@ def forward(
         outs, lses = (x.new_empty((parts, *x.shape), dtype=torch.float32) for x in (out, lse))
         apart = outs.stride(0), lses.stride(0)
         outs, lses = outs[0], lses[0]
+    where = addressing(q, k, v, outs)
+    of_q, of_k, of_v, of_out = (in_units(x, where["UNIT"]) for x in (q, k, v, outs))
     forward_kernel[grid](
         q, k, v, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k, count, samples, outs, lses,
         *tiles, *shared_arguments(q, k, left, right, scale, softcap, dropout_p),
-        None if apart is None else parts, strides(q, 4), strides(k, 4), strides(v, 4),
-        strides(alibi_slopes, 2), strides(outs, 4), strides(lses, 3), apart,
-        HEAD_DIM=head_dim, OFFSET=offsets_within(q, k, v, outs), **config,
+        None if apart is None else parts, of_q, of_k, of_v, strides(alibi_slopes, 2), of_out,
+        strides(lses, 3), apart,
+        HEAD_DIM=head_dim, **where, **config,
     )  # fmt: skip
     if apart is not None:
         join_kernel[(heads, longest_q, sequences)](
@@ -272,7 +291,10 @@ def backward(
     sequences, longest_q, longest_k = extents(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
     busy = is_busy(softcap, alibi_slopes, dropout_seed)
     arguments = shared_arguments(q, k, left, right, scale, softcap, dropout_p)
-    offset = offsets_within(dout, q, k, v, out)
+    where = addressing(dout, q, k, v, out, dq, dk)
+    of_dout, of_q, of_k, of_v, of_out, of_dq, of_dk = (
+        in_units(x, where["UNIT"]) for x in (dout, q, k, v, out, dq, dk)
+    )
 
     shape, dense = (q, longest_q, longest_k, sequences, (left, right)), cu_seqlens_q is None
     config = configure("dq", *shape, dense and describable(k, v), busy)
@@ -280,18 +302,16 @@ def backward(
     dq_kernel[grid_of(heads, longest_q, config["BLOCK_M"], sequences)](
         dout, dlse, q, k, v, out, lse, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k,
         count, samples, dq, base, delta, *tiles, *arguments,
-        strides(dout, 4), strides(dlse, 3), strides(q, 4), strides(k, 4), strides(v, 4),
-        strides(alibi_slopes, 2), strides(out, 4), strides(lse, 3), strides(dq, 4),
-        strides(delta, 3),
-        HEAD_DIM=head_dim, OFFSET=offset, **config,
+        of_dout, strides(dlse, 3), of_q, of_k, of_v, strides(alibi_slopes, 2), of_out,
+        strides(lse, 3), of_dq, strides(delta, 3),
+        HEAD_DIM=head_dim, **where, **config,
     )  # fmt: skip
     config = configure("dkdv", *shape, dense and describable(q, dout), busy)
     tiles = descriptors(config, "BLOCK_M", q, dout)
     dkdv_kernel[grid_of(k.shape[-2], longest_k, config["BLOCK_N"], sequences)](
         dout, q, k, v, base, delta, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k,
         count, samples, dk, dv, *tiles, *arguments,
-        strides(dout, 4), strides(q, 4), strides(k, 4), strides(v, 4), strides(alibi_slopes, 2),
-        strides(delta, 3), strides(dk, 4),
-        HEAD_DIM=head_dim, OFFSET=offset, **config,
+        of_dout, of_q, of_k, of_v, strides(alibi_slopes, 2), strides(delta, 3), of_dk,
+        HEAD_DIM=head_dim, **where, **config,
     )  # fmt: skip
     return dq, dk, dv

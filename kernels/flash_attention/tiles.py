@@ -20,11 +20,12 @@ def span(cu_seqlens_ptr, sample, seqlen):
 @triton.jit
 def tiles_of(
     ptr, stride, sample, row, head, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    OFFSET: tl.constexpr, descriptor=None,
+    OFFSET: tl.constexpr, UNIT: tl.constexpr, descriptor=None,
 ):  # fmt: skip
     """The tiles [BLOCK, BLOCK_D] of a head's sequence, which begins at `row`.
 
-    stride: (batch, seqlen, heads, head_dim). descriptor: of the tensor, whose row is 0; or None.
+    stride: (batch, seqlen, heads) in UNIT numbers, and head_dim. descriptor: of the tensor, whose
+    row is 0; or None.
     Returns where the sequence begins, the offsets within a tile, and the stride from row to row;
     the first two are kept apart, as an offset then takes one register. Or the descriptor, and the
     sample and the head to ask it for.
@@ -32,9 +33,10 @@ def tiles_of(
     if descriptor is not None:
         tiles = descriptor, sample.to(tl.int32), head
     else:
-        start = ptr + sample * stride[0] + row * stride[1] + tl.cast(head, tl.int64) * stride[2]
+        in_sample, in_row, in_head = stride[0] * UNIT, stride[1] * UNIT, stride[2] * UNIT
+        start = ptr + sample * in_sample + row * in_row + tl.cast(head, tl.int64) * in_head
         t, d = tl.arange(0, BLOCK).to(OFFSET), tl.arange(0, BLOCK_D).to(OFFSET)
-        tiles = start, t[:, None] * stride[1] + d[None, :] * stride[3], stride[1]
+        tiles = start, t[:, None] * in_row + d[None, :] * stride[3], in_row
     return tiles
 
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from ..descriptors import describable, describe, pay
+from ..descriptors import DESCRIBES, describable, describe, pay
 from ..dot import dot
 from ..launch import cdiv, strides
 from ..precision import refuse_float64
@@ -313,14 +313,15 @@ def configure(
     can load them. busy: whether anything else takes registers, so that the largest tile of all
     would spill.
     """
-    vectors = loads_vectors(left) and loads_vectors(right)
+    vectors, gpu = loads_vectors(left) and loads_vectors(right), arch()
+    described = described and gpu >= DESCRIBES
     facts = {
         "left": str(left.dtype), "right": str(right.dtype), "vectors": vectors, "busy": busy,
         "transposed": right.stride(-1) != 1, "described": described,
     }  # fmt: skip
     sizes = {"rows": (copies * rows, 16384), "columns": (columns, 16384), "inner": (inner, 16384)}
     described = described and (pay(copies * rows * columns * inner) or not vectors)
-    tile = heuristic(arch(), rows, columns, copies, fill, left.dtype, vectors, described, busy)
+    tile = heuristic(gpu, rows, columns, copies, fill, left.dtype, vectors, described, busy)
     return Tile(**configs.choose(f"linear.{kernel}", facts, sizes, tile._asdict()))
 
 

@@ -44,7 +44,7 @@ class MixerTable:
         return cls(table.int(), takes.sum(-1, dtype=torch.int32), order.int())
 
     def to(self, device: torch.device) -> "MixerTable":
-        """The same on a device, sent there once."""
+        """The same on a device, sent there once: later changes of this table's memory are not."""
         if device == self.table.device:
             return self
         if device not in self._sent:

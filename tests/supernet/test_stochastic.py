@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tossup import MixerTable, Router, StochasticMixer, Strategy
+from tossup import Attention, Mamba, MixerTable, Router, StochasticMixer, Strategy
 from tossup.supernet.metrics import Mean
 
 
@@ -193,6 +193,33 @@ def test_forwards_get_what_they_take():
     assert seen == {"named": "sour", "wrapper": {"x": 1, "flavour": "sour"}}
     torch.testing.assert_close(out, 2 * x)
     assert compiled._orig_mod.seen[-1][2] == "sour"
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("dispatch, whole", [("host", False), ("dense", True), ("device", False)])
+def test_a_layer_compiles(dispatch, whole, warm):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    mixers = {"one": Attention(16, 2), "other": Mamba(16)}
+    layer = StochasticMixer(mixers, dispatch=dispatch)
+    x, table = torch.randn(2, 5, 16), MixerTable.of(torch.tensor([[0, 1]]), 2, 2)
+    if warm:
+        layer(x, table=table)
+    compiled = torch.compile(layer, backend="eager", fullgraph=whole)
+    torch.testing.assert_close(compiled(x, table=table), layer(x, table=table))
+    layer.eval()
+    whole = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(x, placement="other"), layer(x, placement="other"))
+
+
+def test_what_a_mixer_calls_itself_is_no_argument_of_it():
+    class Odd(nn.Module):
+        def forward(layer, hidden_states):
+            return hidden_states
+
+    layer = StochasticMixer({"odd": Odd()})
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(layer(x, placement="odd", layer=3), x)
 
 
 def test_a_layer_survives_pickling_and_copying():

@@ -1,5 +1,7 @@
 """`tossup tune`: what it refuses, and the timing that it gives the tuner."""
 
+import weakref
+
 import pytest
 import torch
 import triton
@@ -76,10 +78,15 @@ def test_calls_are_timed_alike_where_one_cannot_be_captured(monkeypatch):
         graphs = 0
 
         def prepare(self, call, *, captured=True):
-            self.graphs += captured
-            return Run(
-                lambda: call(captured), "graph" if captured and self.graphs == 1 else "calls"
-            )
+            if not captured:
+                assert self.kept() is None  # the graph's memory is free by now
+                return Run(lambda: call(False), "calls")
+            self.graphs += 1
+            if self.graphs > 1:
+                return Run(lambda: call(True), "calls")
+            run = Run(lambda: call(True), "graph")
+            self.kept = weakref.ref(run)
+            return run
 
     monkeypatch.setattr(tuning, "ROUNDS", (3, 3))
     calls = [lambda captured: 1.0 if captured else 3.0, lambda captured: 1.0 if captured else 2.0]
