@@ -30,6 +30,7 @@ D = 64 the forward's FLOPs and exp2 are equal, and below that exp2 binds. Bytes 
 """
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -153,22 +154,27 @@ def grid_of(heads: int, longest: int, block: int, sequences: int) -> tuple[int, 
 
 
 def addressing(*tensors: Tensor) -> dict[str, Any]:
-    """OFFSET, the integer that holds every offset within a tile, of up to 256 rows; and UNIT, in
-    which strides are given.
+    """OFFSET, the integer that holds every offset within a tile, of up to 256 rows; and UNIT, the
+    numbers in which strides are given.
 
-    Triton knows of an argument whether 16 divides it, and else nothing. That 8, 4 or 2 does, of 16
-    bit numbers, is told by the unit; without it they would be loaded one by one.
+    Of an argument Triton knows whether 16 divides it, and else nothing: that 8, 4 or 2 does, it is
+    told by the unit, as rows would be loaded number by number without.
     """
-    reach = max(256 * x.stride(-3) + 256 * x.stride(-1) for x in tensors)
-    common = math.gcd(*(stride for x in tensors for stride in x.stride()[:-1]))
+    offset, unit = addresses(*(x.stride() for x in tensors))
+    return {"OFFSET": offset, "UNIT": unit}
+
+
+@lru_cache(maxsize=4096)
+def addresses(*strides: tuple[int, ...]) -> tuple[tl.dtype, int]:
+    reach = max(256 * of[-3] + 256 * of[-1] for of in strides)
+    common = math.gcd(*(stride for of in strides for stride in of[:-1]))
     unit = common & -common or 16
-    return {
-        "OFFSET": tl.int32 if reach < 2**31 else tl.int64,
-        "UNIT": unit if unit < 16 else 1,
-    }
+    return tl.int32 if reach < 2**31 else tl.int64, unit if unit < 16 else 1
 
 
 def in_units(tensor: Tensor, unit: int) -> tuple[int, ...]:
+    if unit == 1:
+        return strides(tensor, 4)
     *outer, last = strides(tensor, 4)
     return *(stride // unit for stride in outer), last
 

@@ -521,6 +521,22 @@ def test_tiles_that_tma_does_not_take(impl, dtype, head_dim, described):
     assert not described
 
 
+@pytest.mark.parametrize(
+    "strides, unit",
+    [
+        ([(960, 240, 40, 1)], 8),
+        ([(960, 240, 40, 1), (960, 240, 20, 1)], 4),
+        ([(960, 240, 40, 3), (0, 0, 6, 1)], 2),
+        ([(960, 480, 48, 1)], 1),  # 16 divides them, which Triton finds out
+        ([(120, 24, 1)], 8),
+        ([(119, 7, 7, 1)], 1),
+        ([(0, 0, 0, 0)], 1),
+    ],
+)
+def test_strides_are_given_in_the_largest_unit_below_16_that_divides_all(strides, unit):
+    assert kernel.addresses(*strides)[1] == unit
+
+
 @only_triton
 def test_packed_tiles_end_with_their_sequence(impl, described):
     """A descriptor would read into the next one, whose NaN times a weight of zero is NaN."""
