@@ -172,7 +172,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             spread = f"{milliseconds(entrant['p20'])} to {milliseconds(entrant['p80'])}"
             words = [f"{milliseconds(entrant['median'])}  ({spread})"]
             if name != OURS:
-                words.append(f"{entrant['ratio']:.2f} × ours")
+                words.append(f"{entrant['ratio']:.2f} × our time")
             if entrant["tflops"]:
                 words.append(f"{entrant['tflops']:.3g} TFLOP/s")
             words.append(f"{entrant['gbps']:.3g} GB/s")

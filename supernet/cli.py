@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_bench(commands)
     add_inspect(commands)
     add_tune(commands)
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     try:
         options.run(options)
         print(end="", flush=True)
@@ -260,17 +260,32 @@ def add_inspect(commands: Any) -> None:
     sub.add_argument("--arch", nargs="+", default=["sm_90"], help="GPUs; sm_90 by default")
     sub.add_argument("--op", nargs="+", default=[], help="folders of kernels/; all by default")
     sub.add_argument("--json", action="store_true", help="print JSON")
-    sub.add_argument("--gpu", help="whose tuned configurations, as nvidia_h200; untuned by default")
+    sub.add_argument(
+        "--gpu", help="whose tuned configurations, by a file's name in kernels/configs/"
+    )
     sub.set_defaults(run=lambda o: inspect(o.arch, o.op, o.json, o.gpu))
 
 
 def add_tune(commands: Any) -> None:
     sub = commands.add_parser("tune", help=tune.__doc__, description=tune.__doc__)
     sub.add_argument("words", nargs="*", metavar="OP key=value", help="as `bench`; all by default")
-    sub.add_argument("--arch", nargs="+", default=[], help="list for these GPUs, such as sm_90")
+    sub.add_argument(
+        "--arch", action="append", default=[], metavar="sm_90",
+        help="only list what compiling leaves, for this GPU; for others too where given again",
+    )  # fmt: skip
     sub.add_argument("--again", action="store_true", help="measure what is known as well")
     sub.add_argument("--output", type=Path, help="the file; the GPU's own by default")
     sub.set_defaults(run=lambda o: tune(o.words, o.arch, o.again, o.output))
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Words may stand before and behind options, which argparse alone does not take."""
+    options, others = parser.parse_known_args(arguments)
+    if others and (not hasattr(options, "words") or any(word[:1] == "-" for word in others)):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if others:
+        options.words += others
+    return options
 
 
 def split(words: Sequence[str]) -> tuple[Path | None, Sequence[str]]:

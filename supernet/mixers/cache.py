@@ -159,7 +159,7 @@ def cache_of(
     if past_key_values is None and not use_cache:
         return None
     if not isinstance(past_key_values, LayerCache):
-        got = type(past_key_values).__name__
+        got = "use_cache=True" if past_key_values is None else type(past_key_values).__name__
         raise NotImplementedError(
             f"this mixer keeps no cache but tossup's own, of SupernetModel.generate, got {got}; "
             "call it with use_cache=False and past_key_values=None"

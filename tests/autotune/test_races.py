@@ -84,7 +84,7 @@ def test_a_record_holds_what_was_timed_and_why_others_were_not(peers, monkeypatc
     assert entrants["raising"] == {"untimed": "raises no kernel"}
     assert entrants["wrong"]["untimed"].startswith("out is off by 1.0e+00, allowed are")
     text = table([record])
-    assert "right                       3000 ms  (3000 ms to 3000 ms), 3.00 × ours" in text
+    assert "right                       3000 ms  (3000 ms to 3000 ms), 3.00 × our time" in text
     assert "absent                      not timed: not built: no compiler" in text
 
 

@@ -435,7 +435,7 @@ def test_bench_races_a_shape_of_ones_own(capsys):
     printed = capsys.readouterr().out
     heading = "linear batch=1 seqlen=8 in_features=16 out_features=8 dtype=fp32, wgrad"
     assert heading in printed and f"torch {torch.__version__}" in printed
-    assert re.search(r"torch +\S+ ms .* × ours", printed)
+    assert re.search(r"torch +\S+ ms .* × our time", printed)
     assert main([*words, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert [race["direction"] for race in record["races"]] == ["forward", "dgrad", "wgrad"]

@@ -199,7 +199,7 @@ def test_packed_and_padded_sequences_are_those_sequences_alone(kind):
 def test_what_a_mixer_cannot_do_it_says(kind):
     mixer, x = MIXERS[kind](), torch.randn(2, 4, 16)
     for cache in (None, DynamicCache()):
-        got = type(cache).__name__
+        got = "use_cache=True" if cache is None else type(cache).__name__
         with pytest.raises(NotImplementedError, match=f"no cache but tossup's own, .* got {got}; "):
             mixer(x, past_key_values=cache, use_cache=True)
     with pytest.raises(ValueError, match=r"padding mask of shape \(2, 4\), got \(2, 5\)"):

@@ -92,3 +92,27 @@ def test_calls_are_timed_alike_where_one_cannot_be_captured(monkeypatch):
     calls = [lambda captured: 1.0 if captured else 3.0, lambda captured: 1.0 if captured else 2.0]
     slow, fast = measure(Short(), calls)
     assert (slow.median, fast.median) == (3.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["linear", "in_features=64", "--arch", "sm_80"],
+        ["--arch", "sm_80", "linear", "in_features=64"],
+        ["linear", "--arch", "sm_80", "in_features=64"],
+    ],
+)
+def test_words_stand_before_and_behind_options(words, monkeypatch):
+    seen = []
+    monkeypatch.setattr(tuning, "run_tuning", lambda *options: seen.append(options))
+    assert main(["tune", *words]) == 0
+    assert seen == [(["linear", "in_features=64"], ["sm_80"], False, None)]
+
+
+def test_options_that_nobody_knows_are_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["tune", "linear", "--arc", "sm_80", "--other"])
+    assert "unrecognized arguments: --other" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["inspect", "--json", "rotary"])
+    assert "unrecognized arguments: rotary" in capsys.readouterr().err
