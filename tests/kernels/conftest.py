@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from tests.support import poison_memory
+from tossup.kernels.backend import load_backend
 
 # torch lists the functions that a device context redirects once, when it first needs them: before
 # one of them is poisoned, lest the list keep the poisoned one.
@@ -33,3 +34,15 @@ def device_of_triton(request):
 def fresh_compiler():
     """Cases of one test share its code, which torch compiles only so many times."""
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Linear layers' kernels in tiles of 16, so that small tensors have many, and on a GPU of few
+    processors."""
+    kernel = load_backend("tossup.kernels.linear", "triton")
+    for name in ("WARPGROUPS", "WARPS", "SCATTERED", "LANES"):
+        monkeypatch.setattr(kernel, name, (kernel.Tile(16, 16, 16, 4, 2, 1),) * 2)
+    monkeypatch.setattr(kernel, "processors", lambda: 5)
+    monkeypatch.setattr(kernel, "SHORTEST", 2)
+    return kernel

@@ -451,76 +451,6 @@ def test_tiles_of_every_architecture_agree_with_float64(impl, arch, dtype, busy,
     assert_within_budget(ours, exact, same)
 
 
-@pytest.fixture
-def described(monkeypatch):
-    """What descriptors were made of, launch by launch. Tiles are small."""
-    found = []
-
-    def describe(x, *block):
-        found.append(x)
-        return descriptors.describe(x, *block)
-
-    def small(_kernel, _head_dim, _dtype, described, _busy):
-        sides = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-        return sides | {"described": int(described)}
-
-    monkeypatch.setattr(descriptors, "BRIEF", 0)
-    monkeypatch.setattr(kernel, "describe", describe)
-    monkeypatch.setattr(kernel, "heuristic", small)
-    return found
-
-
-def seqlen_first(x):
-    return x.transpose(0, 1).contiguous().transpose(0, 1)
-
-
-def part_of_wider_heads(x):
-    return torch.cat([x, x, x], -1)[..., x.shape[-1] : 2 * x.shape[-1]]
-
-
-@only_triton
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("chosen", [None, (2, 0)])
-@pytest.mark.parametrize("laid", [torch.clone, seqlen_first, part_of_wider_heads])
-@pytest.mark.parametrize(
-    "sizes, options",
-    [
-        ((3, 37, 53, 4, 2, 40), dict(causal=True)),
-        ((3, 70, 70, 2, 1, 64), dict(causal=True, window_size=(19, 0))),
-        ((3, 33, 33, 3, 3, 8), dict(window_size=(5, 7), softcap=3.0)),
-        ((3, 65, 32, 2, 2, 16), dict()),
-    ],
-)
-def test_tiles_by_descriptor(impl, dtype, chosen, laid, sizes, options, described):
-    inputs, dout, dlse = tensors(*sizes, dtype)
-    mine = list(range(3) if chosen is None else chosen)
-    exact_inputs = [x.detach()[mine].double().requires_grad_() for x in inputs]
-    same_inputs = [x.detach()[mine].requires_grad_() for x in inputs]
-    others = [b for b in range(3) if b not in mine]
-    inputs = [x.detach().clone() for x in inputs]
-    for x in (*inputs, dout, dlse):
-        x[others] = float("nan")
-    inputs = [laid(x).requires_grad_() for x in inputs]
-    route = None if chosen is None else route_of(*chosen, batch=3)
-
-    ours = [x[mine] for x in run(inputs, laid(dout), dlse, impl=impl, route=route, **options)]
-    assert len(described) == 6
-    exact = run(exact_inputs, dout[mine].double(), dlse[mine].double(), impl="reference", **options)
-    same = run(same_inputs, dout[mine], dlse[mine], impl="reference", **options)
-    assert_within_budget(ours, exact, same)
-
-
-@only_triton
-@pytest.mark.parametrize("dtype, head_dim", [(torch.float32, 16), (torch.bfloat16, 20)])
-def test_tiles_that_tma_does_not_take(impl, dtype, head_dim, described):
-    inputs, dout, dlse = tensors(1, 37, 37, 2, 1, head_dim, dtype)
-    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
-    ours = run(inputs, dout, dlse, impl=impl, causal=True)
-    exact = run(exact_inputs, dout.double(), dlse.double(), impl="reference", causal=True)
-    assert_within_budget(ours, exact, run(inputs, dout, dlse, impl="reference", causal=True))
-    assert not described
-
-
 @pytest.mark.parametrize(
     "strides, unit",
     [
@@ -535,20 +465,6 @@ def test_tiles_that_tma_does_not_take(impl, dtype, head_dim, described):
 )
 def test_strides_are_given_in_the_largest_unit_below_16_that_divides_all(strides, unit):
     assert kernel.addresses(*strides)[1] == unit
-
-
-@only_triton
-def test_packed_tiles_end_with_their_sequence(impl, described):
-    """A descriptor would read into the next one, whose NaN times a weight of zero is NaN."""
-    inputs, dout, dlse = tensors(1, 40, 40, 2, 1, 16, torch.bfloat16)
-    inputs = [x.detach()[0].clone() for x in inputs]
-    for x in inputs:
-        x[19:] = float("nan")
-    bounds = torch.tensor([0, 19, 40], dtype=torch.int32)
-    inputs = [x.requires_grad_() for x in inputs]
-    ours = run(inputs, dout[0], dlse[0], impl=impl, cu_seqlens_q=bounds)
-    assert not described
-    assert not any(x[:19].isnan().any() for x in (ours[0], *ours[2:]))
 
 
 @every_backend

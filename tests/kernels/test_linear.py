@@ -13,8 +13,6 @@ from tests.support import (
     route_of,
     seeded,
 )
-from tossup.kernels import descriptors
-from tossup.kernels.backend import load_backend
 from tossup.kernels.linear import linear, linear_into, ops, weight_gradient_into
 
 HALF = [torch.bfloat16, torch.float16]
@@ -28,20 +26,6 @@ examples = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Tiles of 16, so that small tensors have many, and a GPU of few processors."""
-    kernel = load_backend("tossup.kernels.linear", "triton")
-    tile = kernel.Tile(16, 16, 16, 4, 2, 1)
-    for name in ("WARPGROUPS", "WARPS", "SCATTERED", "LANES"):
-        monkeypatch.setattr(kernel, name, (tile,) * 2)
-    monkeypatch.setattr(kernel, "DESCRIBED", (tile._replace(columns=32, described=1),) * 2)
-    monkeypatch.setattr(descriptors, "BRIEF", 0)
-    monkeypatch.setattr(kernel, "processors", lambda: 5)
-    monkeypatch.setattr(kernel, "SHORTEST", 2)
-    return kernel
 
 
 def random(*shape, dtype=torch.float64, seed=0):
@@ -337,107 +321,6 @@ def test_agrees_with_the_reference(
     )
     ours, theirs = ([got[0][mine], got[1][mine], *got[2:]] for got in (ours, theirs))
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-
-
-@pytest.fixture
-def described(small_tiles, monkeypatch):
-    """What descriptors were made of, launch by launch."""
-    tensors = []
-
-    def describe(x, *block):
-        tensors.append(x)
-        return descriptors.describe(x, *block)
-
-    monkeypatch.setattr(small_tiles, "describe", describe)
-    return tensors
-
-
-# Views of (batch, seqlen, features) that TMA takes
-TAKEN = {
-    "contiguous": lambda x: x,
-    "part of wider rows": lambda x: torch.cat([x, x, x], 2)[..., x.shape[2] : 2 * x.shape[2]],
-    "seqlen first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-}
-# And that it does not, each for one reason
-REFUSED = {
-    "begins between vectors": lambda x: torch.cat([x[..., :1], x, x[..., 1:]], 2)[
-        ..., 1 : x.shape[2] + 1
-    ],
-    "rows begin between vectors": lambda x: torch.cat([x, x[..., :3]], 2)[..., : x.shape[2]],
-    "every other number": lambda x: x.repeat_interleave(2, 2)[..., ::2],
-    "features first": lambda x: x.mT.contiguous().mT,
-}
-
-
-@only_triton
-@every_route
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("layout", TAKEN)
-@pytest.mark.parametrize("sizes", [(4, 19, 40, 24), (4, 1, 8, 16), (4, 33, 16, 48)])
-def test_tiles_by_descriptor(impl, chosen, dtype, layout, sizes, described):
-    x, weight, _, dout = operands(*sizes, dtype)
-    mine = rows_of(chosen, 4)
-    exact = exactly(x[mine], weight, torch.zeros(sizes[3], dtype=dtype), dout[mine])
-    plain = plainly(x[mine], weight, torch.zeros(sizes[3], dtype=dtype), dout[mine])
-    poison(chosen, x, dout)
-    x, dout, dx = (TAKEN[layout](t) for t in (x, dout, x.clone()))
-    before, route = dx.clone(), routed(chosen, 4)
-
-    out = linear(x, weight, route=route, impl=impl)
-    assert len(described) == 3
-    linear_into(dx, dout, weight.t(), accumulate=True, route=route, impl=impl)
-    assert len(described) == 6
-    grad = weight.new_full(weight.shape, 3)
-    weight_gradient_into(grad, dout, x, route=route, impl=impl)
-    assert len(described) == 8
-
-    got = [out[mine], dx[mine]]
-    exact = [exact[0], exact[1] + before[mine].double(), exact[2]]
-    plain = [plain[0], plain[1] + before[mine], plain[2]]
-    assert_within_budget(got, exact[:2], plain[:2])
-    others = [b for b in range(4) if b not in mine]
-    assert torch.equal(dx[others].view(torch.int16), before[others].view(torch.int16))
-    if mine:
-        assert_within_budget(grad, exact[2], plain[2])
-    else:
-        assert (grad == 3).all()
-
-
-@only_triton
-@pytest.mark.parametrize("layout", REFUSED)
-@pytest.mark.parametrize("of", ["x", "dout", "out"])
-def test_what_tma_does_not_take(impl, layout, of, described):
-    inputs = operands(2, 19, 16, 24, torch.bfloat16)
-    x, weight, bias, dout = inputs
-    view = REFUSED[layout]
-    exact, plain = exactly(*inputs), plainly(*inputs)
-    x, dout = view(x) if of == "x" else x, view(dout) if of == "dout" else dout
-    out = torch.zeros(2, 19, 24, dtype=torch.bfloat16)
-    out = view(out) if of == "out" else out
-    linear_into(out, x, weight, bias, impl=impl)
-    grad, bias_grad = torch.empty_like(weight), torch.empty_like(bias)
-    weight_gradient_into(grad, dout, x, bias_grad=bias_grad, impl=impl)
-    assert_within_budget([out, grad, bias_grad], [exact[0], *exact[2:]], [plain[0], *plain[2:]])
-    assert len(described) == {"x": 0, "dout": 3, "out": 4}[of]
-
-
-@only_triton
-@pytest.mark.parametrize("of_weight", [torch.float16, torch.float32])
-def test_no_descriptors_of_weights_that_are_converted(impl, of_weight, described):
-    inputs = operands(2, 19, 16, 24, torch.bfloat16, of_weight)
-    x, weight, bias, _ = inputs
-    out = linear(x, weight, bias, impl=impl)
-    assert_within_budget(out, exactly(*inputs)[0], plainly(*inputs)[0])
-    assert not described
-
-
-@only_triton
-def test_a_stride_that_no_number_needs_may_be_any(impl, described):
-    x, weight, bias, _ = inputs = operands(1, 1, 16, 24, torch.bfloat16)
-    x = x.as_strided(x.shape, (3, 5, 1))
-    out = linear(x, weight, bias, route=route_of(0, batch=1), impl=impl)
-    assert_within_budget(out, exactly(*inputs)[0], plainly(*inputs)[0])
-    assert len(described) == 3
 
 
 @every_impl

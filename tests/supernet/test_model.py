@@ -168,6 +168,13 @@ def test_tables_come_from_the_shifted_seed():
     assert torch.equal(model.draw(7, 3, 6).table, draw(model.strategy(), 1007, 3, 3, 6).table)
 
 
+def test_a_model_without_choices_draws_no_table():
+    values = model_values() | {"mixer": {"type": "attention", "heads": 2}}
+    model = SupernetModel(ModelConfig.model_validate(values))
+    with pytest.raises(ValueError, match="only a model with stochastic mixers draws tables"):
+        model.draw(0, 0, 2)
+
+
 def test_preprocessing_is_done_once_for_all_layers(monkeypatch):
     calls = []
     original = Attention.preprocess
