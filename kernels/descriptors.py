@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-DESCRIBES = 90  # the compute capability from which on there is TMA
+LEAST_ARCH = 90  # the compute capability from which on there is TMA
 ALIGNED = 16  # bytes: where a tensor begins, and between the numbers of all axes but the last
-BRIEF = 2**30  # multiplications, 5 µs on an H200; the host takes about as long for two descriptors
+BRIEF = 2**30  # multiplications: 2 µs at an H200's peak, as the host takes for one descriptor
 
 
 def describable(*tensors: Tensor) -> bool:
@@ -24,7 +24,7 @@ def describable(*tensors: Tensor) -> bool:
 
 
 def pay(multiplications: int) -> bool:
-    """Whether a launch of so many takes longer than its descriptors take the host."""
+    """Whether a launch of so many is long beside what its descriptors take the host."""
     return multiplications >= BRIEF
 
 

@@ -3,7 +3,8 @@
 A program holds a tile of queries and goes through the keys that its queries see. The scores of a
 tile live in registers, and the softmax is built up as it goes: a running maximum and sum per query.
 Tiles of keys that no query of the tile sees are skipped, those that all of them see are not masked,
-and where attention is causal the longest programs start first.
+and where attention is causal the longest programs start first. On Hopper descriptors load keys and
+values of 16 bits, unless sequences are packed: of those a tile has to end with its sequence.
 
 The backward pass has two kernels and no atomics. The first holds queries, and writes dQ and
 Δ = Σ dO O − dL; the second holds keys, goes through the queries and the heads of the group, and
@@ -39,7 +40,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import configs
-from ..descriptors import DESCRIBES, describable, describe, pay
+from ..descriptors import LEAST_ARCH, describable, describe, pay
 from ..launch import PROGRAMS, cdiv, next_power_of_2, refuse_more_samples_than_programs, strides
 from ..precision import refuse_float64
 from ..target import arch, processors
@@ -91,7 +92,7 @@ def configure(
     """
     heads, head_dim = q.shape[-2:]
     left, right = window
-    described = described and arch() >= DESCRIBES
+    described = described and arch() >= LEAST_ARCH
     facts = {
         "dtype": str(q.dtype), "head_dim": head_dim, "left": left >= 0, "right": right >= 0,
         "described": described, "busy": busy,

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import configs
-from ..descriptors import DESCRIBES, describable, describe, pay
+from ..descriptors import LEAST_ARCH, describable, describe, pay
 from ..dot import dot
 from ..launch import cdiv, strides
 from ..precision import refuse_float64
@@ -83,7 +83,8 @@ def linear_kernel(
     stride_x, stride_out: (batch, seqlen, feature). stride_weight: (out, in). TRANSPOSED: whether
     weight_tiles are (in, out).
     """
-    # Loads of the next tile run while this one is stored, where that takes no memory for layouts
+    # The next tile is loaded while this one is stored, unless that takes another layout, for which
+    # there is no shared memory left
     OVERLAP: tl.constexpr = out_tiles is not None and bias_ptr is None and not ACCUMULATE
     active = active_samples(count_ptr, batch)
     if x_tiles is not None and active == 0:  # or loads would go ahead of the loop's first test
@@ -314,7 +315,7 @@ def configure(
     would spill.
     """
     vectors, gpu = loads_vectors(left) and loads_vectors(right), arch()
-    described = described and gpu >= DESCRIBES
+    described = described and gpu >= LEAST_ARCH
     facts = {
         "left": str(left.dtype), "right": str(right.dtype), "vectors": vectors, "busy": busy,
         "transposed": right.stride(-1) != 1, "described": described,
@@ -393,18 +394,8 @@ def forward_into(out, x, weight, bias, accumulate, count, samples):
     converted = x.dtype != weight.dtype
     described, stored = not converted and describable(x, by_rows(weight)), describable(out)
     busy = converted or in_features % WARPGROUPS[0].inner != 0 or (described and not stored)
-    tile = configure(
-        "forward",
-        seqlen,
-        out_features,
-        in_features,
-        batch,
-        processors(),
-        x,
-        weight,
-        described,
-        busy,
-    )
+    sizes = seqlen, out_features, in_features, batch
+    tile = configure("forward", *sizes, processors(), x, weight, described, busy)
     x_tiles = weight_tiles = out_tiles = None
     transposed = weight.stride(1) != 1
     if tile.described:
@@ -430,11 +421,8 @@ def weight_gradient_into(grad, dout, x, bias_grad, written, count, samples):
     (batch, seqlen, in_features), out_features = x.shape, dout.shape[2]
     rows, columns, *_ = WARPGROUPS[0]
     busy = bias_grad is not None or out_features % rows != 0 or in_features % columns != 0
-    tokens = batch * seqlen
-    described = describable(dout, x)
-    tile = configure(
-        "weight_gradient", out_features, in_features, tokens, 1, 0, dout, x, described, busy
-    )
+    sizes, described = (out_features, in_features, batch * seqlen, 1), describable(dout, x)
+    tile = configure("weight_gradient", *sizes, 0, dout, x, described, busy)
     tiles = cdiv(out_features, tile.rows) * cdiv(in_features, tile.columns)
     steps = batch * cdiv(seqlen, tile.inner)
     segments = max(1, min(processors() * tile.programs // tiles, steps // SHORTEST))
