@@ -13,8 +13,8 @@ from ..kernels.configs import Config, Fact, Key
 
 Facts = Mapping[str, Fact]
 Held = Callable[[Config, Facts], int]
-THREADS = 32  # of a warp
-REGISTERS, OTHERS = 65536, 48  # of a multiprocessor; that a thread needs beside what it holds
+THREADS, REGISTERS = 32, 65536  # of a warp, of a multiprocessor
+OTHERS = 48  # registers that a thread needs beside what it holds
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,16 @@ from triton.runtime.errors import TritonError
 
 from ..kernels import configs
 from ..kernels.configs import Config
+from .candidates import REGISTERS, THREADS
 from .errors import said
 from .offline import LOCAL_MEMORY, SHARED_MEMORY, Launch, compile_launches
 from .on_meta import calls_on_meta, launching
 from .workloads import Workload
 
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": registers of a
-# multiprocessor, what a thread's are rounded up to, the warps that every architecture can hold, and
-# the shared memory that a program takes beside its own, in bytes.
-REGISTERS, ROUNDED_TO, WARPS, RESERVED = 65536, 8, 48, 1024
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": what a thread's
+# registers are rounded up to, the warps that every architecture can hold, and the shared memory
+# that a program takes beside its own, in bytes.
+ROUNDED_TO, WARPS, RESERVED = 8, 48, 1024
 
 SCHEDULERS = 4  # of a multiprocessor: fewer warps leave one idle
 SPILLS = 10  # that ptxas may leave around a loop, never within
@@ -100,7 +101,7 @@ def resident(launch: Launch) -> int:
     """How many programs a multiprocessor holds at once."""
     registers = -(-launch.binary.registers // ROUNDED_TO) * ROUNDED_TO
     return min(
-        REGISTERS // (registers * 32 * launch.warps),
+        REGISTERS // (registers * THREADS * launch.warps),
         (SHARED_MEMORY[launch.arch] + RESERVED) // (launch.shared + RESERVED),
         WARPS // launch.warps,
     )

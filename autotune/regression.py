@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 2000
-LEVEL = (
-    0.99  # of the interval; with twelve pairs it is above 1 for one in a hundred unchanged cases
-)
+# Of the interval, which with twelve pairs lies above 1 for one in a hundred unchanged cases
+LEVEL = 0.99
 
 
 @dataclass(frozen=True)

@@ -219,12 +219,11 @@ def parameter_groups(model: nn.Module, weight_decay: float | None = None) -> lis
         if parameter.requires_grad:
             decays = parameter.ndim == 2 and name.rpartition(".")[2] != "A_log"
             groups.setdefault((gates.get(parameter), decays), []).append(parameter)
-    found = []
-    for (gate, decays), parameters in groups.items():
-        found.append({"params": parameters, "gate": gate})
-        if not decays or weight_decay is not None:
-            found[-1]["weight_decay"] = weight_decay if decays else 0.0
-    return found
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+    return [
+        {"params": parameters, "gate": gate} | (decay if decays else {"weight_decay": 0.0})
+        for (gate, decays), parameters in groups.items()
+    ]
 
 
 def check_written_once(model: nn.Module) -> None:
