@@ -185,21 +185,33 @@ def attentions() -> Iterator[Case]:
         yield Case("flash_attention", name, partial(decode, head_dim))
     name = "routed, fp16, 4×4096×32×128, packed, window"
     yield Case("flash_attention", name, partial(attend, torch.float16, 128, packed=True))
+    for causal in (True, False):
+        name = f"routed, bf16, 4×4096×32×128, sequences in rows{', causal' if causal else ''}"
+        launch = partial(attend, torch.bfloat16, 128, in_rows=True, causal=causal)
+        yield Case("flash_attention", name, launch)
 
 
-def attend(dtype: torch.dtype, head_dim: int, packed: bool = False, busy: bool = False) -> None:
+def attend(
+    dtype: torch.dtype,
+    head_dim: int,
+    packed: bool = False,
+    busy: bool = False,
+    in_rows: bool = False,
+    causal: bool = True,
+) -> None:
     batch, seqlen, heads, kv_heads = 4, 4096, 32, 8
     samples = (batch * seqlen,) if packed else (batch, seqlen)
     q = meta(*samples, heads, head_dim, dtype=dtype)
     k = meta(*samples, kv_heads, head_dim, dtype=dtype)
-    left, right = (1023, 0) if packed or busy else (-1, 0)
+    left, right = 1023 if packed or busy else -1, 0 if causal else -1
     softcap, slopes, dropout_p, seed = 0.0, None, 0.0, None
     if busy:
         softcap, dropout_p = 30.0, 0.1
         slopes, seed = meta(heads, dtype=torch.float32), meta(dtype=torch.int64)
-    bounds = meta(batch + 1, dtype=torch.int32) if packed else None
+    cu_seqlens = meta(batch + 1, dtype=torch.int32) if packed else None
+    bounds = meta(2, batch, seqlen, dtype=torch.int32) if in_rows else None
     scoring = left, right, head_dim**-0.5, softcap, slopes, dropout_p, seed
-    options = *scoring, bounds, bounds, None, None, *route_over(batch)
+    options = *scoring, cu_seqlens, cu_seqlens, None, None, bounds, *route_over(batch)
     kernels = kernels_of("flash_attention")
     out, lse = kernels.forward(q, k, k, *options)
     kernels.backward(out, lse if busy else None, q, k, k, out, lse, *options)
@@ -209,7 +221,7 @@ def decode(head_dim: int) -> None:
     """One query of each sample, whose keys several programs share out."""
     q, k = (meta(4, *of, head_dim, dtype=torch.bfloat16) for of in ((1, 32), (8192, 8)))
     scoring = -1, 0, head_dim**-0.5, 0.0, None, 0.0, None
-    packing = None, None, None, None
+    packing = None, None, None, None, None
     kernels_of("flash_attention").forward(q, k, k, *scoring, *packing, *route_over(4))
 
 

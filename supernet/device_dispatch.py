@@ -26,6 +26,7 @@ from ..kernels.backend import Backend, resolve_impl
 from ..kernels.linear import linear_into, weight_gradient_into
 from ..kernels.routing import Route
 from .mixers.mamba import StepProjection
+from .mixers.packing import Packing
 
 ALIGNMENT = 128  # bytes: a cache line, and more than any vector load or copy engine asks for
 
@@ -34,7 +35,13 @@ Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 @runtime_checkable
 class RoutedMixer(Protocol):
-    """A mixer that device dispatch can launch: its passes write into given memory, by a route."""
+    """A mixer that device dispatch can launch: its passes write into given memory, by a route.
+
+    left: how many tokens before its own it sees, -1 for all; None is a scan.
+    """
+
+    @property
+    def left(self) -> int | None: ...
 
     def slot_layout(self, seqlen: int, dtype: torch.dtype, impl: str) -> Layout:
         """Shape and dtype, for one sample, of every tensor that forward keeps for backward."""
@@ -91,7 +98,7 @@ class Run:
 
     route: its samples. slot: its tensors by name, (batch, …), each sample's within the sample's
     slot. written: int32, (), on the device: 0 where the gradients of its parameters hold nothing
-    yet. extra: what was computed for it ahead, such as rotary angles.
+    yet. extra: what was computed for it ahead, such as rotary angles, and the Packing of the batch.
     """
 
     route: Route
@@ -104,6 +111,20 @@ class Run:
     def tensors(self) -> tuple[Tensor, Tensor]:
         """The route as ops take it."""
         return self.route.count, self.route.samples
+
+    @property
+    def packing(self) -> Packing | None:
+        return self.extra.get("packing")
+
+    @property
+    def seq_idx(self) -> Tensor | None:
+        """Sequences in a row, as scans and convolutions take them."""
+        return self.packing.seq_idx if self.packing else None
+
+    @property
+    def bounds(self) -> Tensor | None:
+        """The same, as attention takes them."""
+        return self.packing.bounds if self.packing else None
 
     def fresh(self, name: str) -> Tensor:
         """Memory like a tensor of the slot that nobody wrote, one sample after the other."""

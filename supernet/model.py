@@ -17,6 +17,7 @@ from .data import IGNORED
 from .generation import Sampler, generate, greedy
 from .metrics import Mean
 from .mixers import Cache, build_mixer
+from .mixers.packing import packing_of
 from .stochastic import Dispatch, StochasticMixer
 
 
@@ -73,6 +74,7 @@ class SupernetModel(nn.Module):
         placement: Sequence[str] | None = None,
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         losses: dict[str, Mean] | None = None,
         metrics: dict[str, Mean] | None = None,
         cache: Cache | None = None,
@@ -81,16 +83,21 @@ class SupernetModel(nn.Module):
         """Logits (batch, seqlen, vocab_size) of tokens (batch, seqlen).
 
         table: follow this mixer table. placement: one mixer name per layer, over the table.
-        attention_mask: (batch, seqlen) padding mask. cu_seqlens: (sequences + 1,) int32, with a
-        batch of one row that packs several sequences. losses, metrics: dicts for the mixers' own.
+        attention_mask: (batch, seqlen) padding mask. seq_idx: integers (batch, seqlen), the number
+        of each token's sequence, where rows pack several. cu_seqlens: (sequences + 1,) int32, the
+        same for a batch of one row. losses, metrics: dicts for the mixers' own.
         cache: what stands before these tokens, and afterwards these too; it knows the padding. The
         same mixers take it from the first token to the last. logits_to_keep: of how many last
         tokens there are logits; 0 is all.
         """
         places = self._places(placement)
-        kwargs: dict[str, Any] = {"attention_mask": attention_mask, "cu_seqlens": cu_seqlens}
+        kwargs: dict[str, Any] = {
+            "attention_mask": attention_mask, "cu_seqlens": cu_seqlens, "seq_idx": seq_idx
+        }  # fmt: skip
         if cache is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
+            waits = table is None or self.dispatch != "device"
+            kwargs = {"packing": packing_of(tokens, left=-1, waits=waits, **kwargs)}
         else:
             positions = cache.extend(tokens.shape[1], tokens.device).positions
         preprocessed = self._preprocess(positions)

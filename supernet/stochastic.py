@@ -21,7 +21,7 @@ from ..kernels.routing import MixerTable, Strategy, draw
 from .config import check_mixer_name
 from .device_dispatch import DeviceDispatch, RoutedMixer, check_routed
 from .metrics import Mean, accumulate
-from .mixers.packing import PACKED_KWARGS
+from .mixers.packing import Packing, packing_of
 
 Dispatch = Literal["device", "host", "dense"]
 
@@ -95,9 +95,9 @@ class StochasticMixer(nn.Module):
     router: where the table comes from in training unless forward is given one.
     main_mixer_name: the mixer of evaluation; defaults to the first.
     dispatch: device, host or dense. With device, mixers are those of `tossup.supernet.mixers`;
-        while they follow a table they take no padding, packed sequences or cache (and do not look,
-        on the device, for what `position_ids` alone would tell of them), are not called, so that
-        their hooks do not run, and find their gradients written to `.grad` by the backward pass,
+        while they follow a table they take no cache, do not ask the device whether a mask is one
+        that they can follow (an error of its own says so), are not called, so that their hooks do
+        not run, and find their gradients written to `.grad` by the backward pass,
         `torch.autograd.grad`'s too. Activation memory is the largest mixer's. `forget_gradients`
         replaces clearing gradients; it is for passes that follow a table, while an evaluation's
         gradients are always added.
@@ -250,13 +250,9 @@ class StochasticMixer(nn.Module):
     def _device(self, call: "Call", table: MixerTable) -> Tensor:
         self._check_routed()  # again, as modules may have been exchanged
         x = call.hidden_states
-        named = PACKED_KWARGS.union(*(named_kwargs(mixer) for mixer in self.mixers.values()))
-        for key, value in call.kwargs.items():
-            if key in named and value is not None and value is not False:
-                raise ValueError(
-                    f"dispatch='device' takes no {key} while it follows a table: it knows of no "
-                    "padding, packed sequences or caches"
-                )
+        for key in ("past_key_values", "use_cache"):
+            if call.kwargs[key]:
+                raise ValueError(f"dispatch='device' takes no {key} while it follows a table")
         if table.count.device != x.device:
             raise ValueError(
                 f"the mixer table must be on {x.device}, as hidden_states are, got "
@@ -267,8 +263,14 @@ class StochasticMixer(nn.Module):
             if not isinstance(self.written, Tensor):
                 self.written = torch.full((len(self.names),), self.written, dtype=torch.int32)
             self.written = self.written.to(x.device)
-        mixers = tuple(self.mixers.values())
-        extras = tuple(call.preprocessed_of(name) for name in self.names)
+        mixers: Any = tuple(self.mixers.values())
+        extras = tuple(
+            {
+                **call.preprocessed_of(name),
+                "packing": packing_of(x, left=mixer.left, waits=False, **call.kwargs),
+            }
+            for name, mixer in zip(self.names, mixers, strict=True)
+        )
         return DeviceDispatch.apply(
             x,
             mixers,
@@ -381,6 +383,8 @@ class Call:
     def _rows_of(self, key: str, value: Any, rows: Tensor | None) -> Any:
         if rows is None or value is None:
             return value
+        if isinstance(value, Packing):
+            return value.rows(rows)
         if key == "past_key_values":
             raise ValueError("a cache cannot be shared among mixers: pass past_key_values=None")
         if key not in self.layer.batched_kwargs:

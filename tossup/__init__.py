@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .kernels.causal_conv1d import causal_conv1d
     from .kernels.causal_conv1d_update import causal_conv1d_update
-    from .kernels.flash_attention import flash_attention
+    from .kernels.flash_attention import bounds_of, flash_attention
     from .kernels.linear import linear
     from .kernels.repeat_groups import repeat_groups
     from .kernels.rotary import rotary, rotary_angles
@@ -39,6 +39,7 @@ _MODULES = {
     "StochasticMixerConfig": "supernet.config",
     "Strategy": "kernels.routing",
     "SupernetModel": "supernet.model",
+    "bounds_of": "kernels.flash_attention",
     "causal_conv1d": "kernels.causal_conv1d",
     "causal_conv1d_update": "kernels.causal_conv1d_update",
     "clip_grad_norm_": "supernet.optimizer",

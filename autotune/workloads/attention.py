@@ -159,7 +159,7 @@ class Attention(SequenceWorkload):
             seen = slice(0, self.seqlen - self.asking + stop if self.causal else None)
             out, _ = attend(
                 q[:, start:stop], k[:, seen], v[:, seen], *self.sides, self.head_dim**-0.5,
-                0.0, None, 0.0, None, torch.zeros(1, dtype=torch.int64, device=q.device),
+                0.0, None, 0.0, None, None, torch.zeros(1, dtype=torch.int64, device=q.device),
             )  # fmt: skip
             outs.append(out.detach())
             for total, grad in zip(

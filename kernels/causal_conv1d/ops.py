@@ -65,6 +65,7 @@ def causal_conv1d_into_op(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    seq_idx: Tensor | None,
     count: Tensor | None,
     samples: Tensor | None,
     activation: str | None,
@@ -73,7 +74,7 @@ def causal_conv1d_into_op(
     """The forward pass into given memory of any strides."""
     call_backend(
         __package__, impl, "forward",
-        x, weight, bias, None, None, count, samples, activation, out
+        x, weight, bias, None, seq_idx, count, samples, activation, out
     )  # fmt: skip
 
 
@@ -84,6 +85,7 @@ def causal_conv1d_backward_into_op(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    seq_idx: Tensor | None,
     count: Tensor | None,
     samples: Tensor | None,
     activation: str | None,
@@ -92,7 +94,7 @@ def causal_conv1d_backward_into_op(
     """The gradients of weight and bias, the latter empty if there is none; that of x into dx."""
     _, dweight, dbias, _ = call_backend(
         __package__, impl, "backward",
-        dout, None, x, weight, bias, None, None, count, samples, activation, dx
+        dout, None, x, weight, bias, None, seq_idx, count, samples, activation, dx
     )  # fmt: skip
     return dweight, dout.new_empty(0) if dbias is None else dbias
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from ..backend import Impl, resolve_for
 from ..precision import autocast
 from ..routing import Route, tensors_of
+from .bounds import bounds_of
 from .reference import flash_attention_reference
 
-__all__ = ["flash_attention"]
+__all__ = ["bounds_of", "flash_attention"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -39,6 +40,7 @@ def flash_attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    bounds: Tensor | None = None,
     return_lse: bool = False,
     route: Route | None = None,
     impl: Impl = "auto",
@@ -69,6 +71,9 @@ def flash_attention(
         default.
     max_seqlen_q, max_seqlen_k: that no packed sequence is longer, which spares a GPU programs that
         have to find it out. Of longer ones it may leave the end unwritten. By default the totals.
+    bounds: int32 (2, batch, seqlen): several sequences in each row, of which a query sees its own;
+        where that of each token begins and ends, as `bounds_of(seq_idx)` has it. It asks no host
+        how many they are. There are as many keys as queries; cu_seqlens is for other layouts.
     return_lse: return (out, lse) instead of out. lse is the log-sum-exp of the scaled scores,
         (batch, heads, seqlen_q), packed (heads, total_q); float32, or float64 for float64 inputs.
         Differentiable.
@@ -83,6 +88,7 @@ def flash_attention(
     """
     q, k, v = autocast(q, k, v)
     check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    check_bounds(q, k, bounds, cu_seqlens_q)
     if len(window_size) != 2 or min(window_size) < -1:
         raise ValueError(
             f"window_size must be (left, right), each -1 or at least 0, got {window_size}"
@@ -112,20 +118,19 @@ def flash_attention(
 
     routed = tensors_of(route, batch_of(q, cu_seqlens_q))
     impl = resolve_for(
-        impl, q, k, v, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k, *routed
+        impl, q, k, v, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k, bounds, *routed
     )
     if impl == "reference":
         out, lse = flash_attention_reference(
             q, k, v, left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed,
-            cu_seqlens_q, cu_seqlens_k, route,
+            cu_seqlens_q, cu_seqlens_k, bounds, route,
         )  # fmt: skip
     else:
         from .ops import apply
 
         out, lse = apply(
             q, k, v, left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed,
-            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            *routed, impl,
+            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bounds, *routed, impl,
         )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -172,6 +177,21 @@ def check_tensors(
                 "cu_seqlens_q and cu_seqlens_k must hold as many sequences,"
                 f" got {len(cu_seqlens_q) - 1} and {len(cu_seqlens_k) - 1}"
             )
+
+
+def check_bounds(q: Tensor, k: Tensor, bounds: Tensor | None, cu_seqlens_q: Tensor | None) -> None:
+    if bounds is None:
+        return
+    if cu_seqlens_q is not None:
+        raise ValueError("bounds and cu_seqlens_q exclude each other, got both")
+    if bounds.dtype != torch.int32 or bounds.shape != (2, *q.shape[:2]):
+        raise ValueError(
+            f"bounds must be int32 {(2, *q.shape[:2])}, got {bounds.dtype} {tuple(bounds.shape)}"
+        )
+    if k.shape[1] != q.shape[1]:
+        raise ValueError(
+            f"bounds take as many keys as queries, got {k.shape[1]} keys of {q.shape[1]} queries"
+        )
 
 
 def batch_of(q: Tensor, cu_seqlens_q: Tensor | None) -> int:

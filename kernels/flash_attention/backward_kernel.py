@@ -10,28 +10,34 @@ from .tiles import (
     dropped,
     key_range,
     load_tile,
+    narrow_keys,
+    narrow_queries,
     query_range,
     scores_of,
     slope_of,
     span,
     store_tile,
     tiles_of,
+    together,
     visible,
 )
 
 
 @triton.jit
 def rebuild(
-    products, dweights, lse, delta, i, j, window, scoring, dropout, EDGE: tl.constexpr
+    products, dweights, lse, delta, i, j, walked, sequence, window, scoring, dropout,
+    EDGE: tl.constexpr,
 ):  # fmt: skip
     """The weights as they met V, and the gradient of q · k over `scale`, from q · k and dO · v.
 
-    i, lse and delta are a column and j a row, or the other way round. lse is in units of log 2.
+    i, lse and delta are a column and j a row, or the other way round; walked is the row. lse is in
+    units of log 2. Unless EDGE, every query sees all keys.
     """
     scores, capped = scores_of(products, i, j, window, scoring)
     weights = tl.exp2(scores - lse)
-    if EDGE:
-        weights = tl.where(visible(i, j, window), weights, 0.0)
+    if EDGE:  # no sooner, as registers are scarce
+        seen = together(visible(i, j, window), walked, sequence)
+        weights = tl.where(seen, weights, 0.0)
     used = weights
     if dropout[0] is not None:
         used, dweights = dropped(weights, i, j, dropout), dropped(dweights, i, j, dropout)
@@ -43,7 +49,7 @@ def rebuild(
 
 @triton.jit
 def gather_dq(
-    dq, q, dout, lse, delta, keys, values, start, stop, i, window, scoring, dropout,
+    dq, q, dout, lse, delta, keys, values, start, stop, i, sequence, window, scoring, dropout,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Adds to dq what keys from start to stop give. Unless EDGE, every query sees all of them."""
@@ -55,8 +61,8 @@ def gather_dq(
         # [BLOCK_M, BLOCK_N]
         products, dweights = dot(q, tl.trans(k)), dot(dout, tl.trans(v))
         _, dproducts = rebuild(
-            products, dweights, lse[:, None], delta[:, None], i[:, None], j[None, :],
-            window, scoring, dropout, EDGE,
+            products, dweights, lse[:, None], delta[:, None], i[:, None], j[None, :], j[None, :],
+            sequence, window, scoring, dropout, EDGE,
         )  # fmt: skip
         dq = dot(dproducts.to(k.dtype), k, dq)
     return dq
@@ -65,7 +71,8 @@ def gather_dq(
 @routed_jit("seqlen_q", "seqlen_k", "left", "right", "threshold")
 def dq_kernel(
     dout_ptr, dlse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, slopes_ptr, seed_ptr,
-    cu_q_ptr, cu_k_ptr, count_ptr, samples_ptr, dq_ptr, base_ptr, delta_ptr, k_tiles, v_tiles,
+    cu_q_ptr, cu_k_ptr, begins_ptr, ends_ptr, count_ptr, samples_ptr, dq_ptr, base_ptr, delta_ptr,
+    k_tiles, v_tiles,
     seqlen_q, seqlen_k, group, left, right, scale, softcap, threshold: tl.uint32, keep_scale,
     stride_dout, stride_dlse, stride_q, stride_k, stride_v, stride_slopes, stride_out, stride_lse,
     stride_dq, stride_delta,
@@ -104,6 +111,14 @@ def dq_kernel(
         v_ptr, stride_v, sample, row_k, head // group, BLOCK_N, BLOCK_D, OFFSET, UNIT, v_tiles
     )
     i = first + tl.arange(0, BLOCK_M)
+    begins, ends = begins_ptr, ends_ptr
+    if begins_ptr is not None:
+        begins_ptr += sample * seqlen_q
+        begins = tl.load(begins_ptr + i, mask=i < seqlen_q, other=0)[:, None]
+    if ends_ptr is not None:
+        ends_ptr += sample * seqlen_q
+        ends = tl.load(ends_ptr + i, mask=i < seqlen_q, other=0)[:, None]
+    sequence = (begins, ends)
 
     # [BLOCK_M, BLOCK_D]
     out = load_tile(outs, first, seqlen_q, HEAD_DIM, True)
@@ -122,25 +137,29 @@ def dq_kernel(
     tl.store(base_ptr + place, lse, mask=i < seqlen_q)
     tl.store(delta_ptr + place, delta, mask=i < seqlen_q)
     start, inner_start, inner_stop, stop = key_range(first, window, BLOCK_M, BLOCK_N)
-    if left is not None:
+    start, inner_start, inner_stop, stop = narrow_keys(
+        start, inner_start, inner_stop, stop, begins_ptr, ends_ptr,
+        first, tl.minimum(first + BLOCK_M, seqlen_q) - 1, BLOCK_N,
+    )  # fmt: skip
+    if left is not None or begins_ptr is not None:
         dq = gather_dq(
-            dq, q, dout, lse, delta, keys, values, start, inner_start, i, window, scoring, dropout,
-            HEAD_DIM, BLOCK_N, True,
+            dq, q, dout, lse, delta, keys, values, start, inner_start, i, sequence, window,
+            scoring, dropout, HEAD_DIM, BLOCK_N, True,
         )  # fmt: skip
     dq = gather_dq(
-        dq, q, dout, lse, delta, keys, values, inner_start, inner_stop, i, window, scoring, dropout,
-        HEAD_DIM, BLOCK_N, False,
+        dq, q, dout, lse, delta, keys, values, inner_start, inner_stop, i, sequence, window,
+        scoring, dropout, HEAD_DIM, BLOCK_N, False,
     )  # fmt: skip
     dq = gather_dq(
-        dq, q, dout, lse, delta, keys, values, tl.maximum(inner_start, inner_stop), stop, i, window,
-        scoring, dropout, HEAD_DIM, BLOCK_N, True,
+        dq, q, dout, lse, delta, keys, values, tl.maximum(inner_start, inner_stop), stop, i,
+        sequence, window, scoring, dropout, HEAD_DIM, BLOCK_N, True,
     )  # fmt: skip
     store_tile(dqs, first, seqlen_q, dq * scale, HEAD_DIM)
 
 
 @triton.jit
 def gather_dkdv(
-    dk, dv, k, v, queries, douts, base_ptr, delta_ptr, start, stop, j, seqlen_q,
+    dk, dv, k, v, queries, douts, base_ptr, delta_ptr, start, stop, j, sequence, seqlen_q,
     window, scoring, dropout, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Adds to dk and dv what the queries from start to stop give.
@@ -161,8 +180,8 @@ def gather_dkdv(
         # [BLOCK_M], loaded late, as registers are scarce while the products run
         delta = tl.load(delta_ptr + i, mask=i < seqlen_q, other=0.0)
         weights, dproducts = rebuild(
-            products, dweights, lse[None, :], delta[None, :], i[None, :], j[:, None],
-            window, scoring, dropout, True,
+            products, dweights, lse[None, :], delta[None, :], i[None, :], j[:, None], i[None, :],
+            sequence, window, scoring, dropout, True,
         )  # fmt: skip
         dv = dot(weights.to(dout.dtype), dout, dv)
         dk = dot(dproducts.to(q.dtype), q, dk)
@@ -172,7 +191,8 @@ def gather_dkdv(
 @routed_jit("seqlen_q", "seqlen_k", "left", "right", "threshold")
 def dkdv_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, base_ptr, delta_ptr, slopes_ptr, seed_ptr,
-    cu_q_ptr, cu_k_ptr, count_ptr, samples_ptr, dk_ptr, dv_ptr, q_tiles, dout_tiles,
+    cu_q_ptr, cu_k_ptr, begins_ptr, ends_ptr, count_ptr, samples_ptr, dk_ptr, dv_ptr,
+    q_tiles, dout_tiles,
     seqlen_q, seqlen_k, group, left, right, scale, softcap, threshold: tl.uint32, keep_scale,
     stride_dout, stride_q, stride_k, stride_v, stride_slopes, stride_delta, stride_dk,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -197,6 +217,14 @@ def dkdv_kernel(
     dks = tiles_of(dk_ptr, stride_dk, sample, row_k, kv_head, BLOCK_N, BLOCK_D, OFFSET, UNIT)
     dvs = tiles_of(dv_ptr, stride_dk, sample, row_k, kv_head, BLOCK_N, BLOCK_D, OFFSET, UNIT)
     j = first + tl.arange(0, BLOCK_N)
+    begins, ends = begins_ptr, ends_ptr
+    if begins_ptr is not None:
+        begins_ptr += sample * seqlen_k
+        begins = tl.load(begins_ptr + j, mask=j < seqlen_k, other=0)[:, None]
+    if ends_ptr is not None:
+        ends_ptr += sample * seqlen_k
+        ends = tl.load(ends_ptr + j, mask=j < seqlen_k, other=0)[:, None]
+    sequence = (begins, ends)
 
     # [BLOCK_N, BLOCK_D]
     k = load_tile(keys, first, seqlen_k, HEAD_DIM, True)
@@ -204,6 +232,9 @@ def dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     start, stop = query_range(first, seqlen_q, window, BLOCK_M, BLOCK_N)
+    start, stop = narrow_queries(
+        start, stop, begins_ptr, ends_ptr, first, tl.minimum(first + BLOCK_N, seqlen_k) - 1, BLOCK_M
+    )
     for member in range(group):
         head = kv_head * group + member
         slope, seed = slopes_ptr, seed_ptr  # None where there is none; no function may return that
@@ -222,7 +253,7 @@ def dkdv_kernel(
         place = sample * stride_delta[0] + tl.cast(head, tl.int64) * stride_delta[1] + row_q
         dk, dv = gather_dkdv(
             dk, dv, k, v, queries, douts, base_ptr + place, delta_ptr + place, start, stop, j,
-            seqlen_q, window, scoring, dropout, HEAD_DIM, BLOCK_M,
+            sequence, seqlen_q, window, scoring, dropout, HEAD_DIM, BLOCK_M,
         )  # fmt: skip
     store_tile(dks, first, seqlen_k, dk * scale, HEAD_DIM)
     store_tile(dvs, first, seqlen_k, dv, HEAD_DIM)

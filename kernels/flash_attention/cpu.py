@@ -5,7 +5,8 @@ and keys, and take any other as a matrix to add. They are not called with a quer
 for which they give a log-sum-exp of 0, nor with an empty sequence, on which they divide by zero.
 Queries without a key are the first ones, and to leave them out moves no bottom-right aligned mask.
 They know no softcap, no ALiBi and no dropout that could be told which weights to drop: with these,
-the reference runs in their place, forward and, differentiated by torch, backward.
+the reference runs in their place, forward and, differentiated by torch, backward. Of several
+sequences in a row they take one at a time.
 """
 
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ class Options(NamedTuple):
     alibi_slopes: Tensor | None
     dropout_p: float
     dropout_seed: Tensor | None
+    bounds: Tensor | None
 
     @property
     def plain(self) -> bool:
@@ -42,11 +44,12 @@ class Options(NamedTuple):
 
 def forward(
     q, k, v, left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed,
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, count, samples, into=None,
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bounds, count, samples, into=None,
 ):  # fmt: skip
     """into: out and lse, the memory for them."""
-    options = Options(left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed)
-    if cu_seqlens_q is None and count is None and into is None:  # the results as they come
+    options = Options(left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed, bounds)
+    packed = cu_seqlens_q is not None
+    if not packed and bounds is None and count is None and into is None:  # the results as they come
         out, lse = attend(q, k, v, options, torch.arange(len(q)))
         # Detached, they are views no more, which nobody could change in place
         return out.contiguous().detach(), lse.transpose(-1, -2).contiguous().detach()
@@ -55,29 +58,28 @@ def forward(
         q.new_empty(q.shape),
         q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=wide(q.dtype)),
     )
-    packed = cu_seqlens_q is not None
     outs, lses, q, k, v = batched(out, lse.transpose(-1, -2), q, k, v, packed=packed)
-    for of_q, of_k, chosen in parts(q, k, cu_seqlens_q, cu_seqlens_k, count, samples):
+    for of_q, of_k, chosen in parts(q, k, cu_seqlens_q, cu_seqlens_k, options, count, samples):
         outs[of_q], lses[of_q] = attend(q[of_q], k[of_k], v[of_k], options, chosen)
     return out, lse
 
 
 def backward(
     dout, dlse, q, k, v, out, lse, left, right, scale, softcap, alibi_slopes, dropout_p,
-    dropout_seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, count, samples,
+    dropout_seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bounds, count, samples,
 ):  # fmt: skip
-    options = Options(left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed)
+    options = Options(left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed, bounds)
     lse = lse.transpose(-1, -2)
     dlse = None if dlse is None else dlse.transpose(-1, -2)
-    if cu_seqlens_q is None and count is None:
+    packed = cu_seqlens_q is not None
+    if not packed and bounds is None and count is None:
         return attend_backward(dout, dlse, q, k, v, out, lse, options, torch.arange(len(q)))
 
-    packed = cu_seqlens_q is not None
     grads = [x.new_empty(x.shape) for x in (q, k, v)]
     dq, dk, dv, dout, q, k, v, out, lse = batched(*grads, dout, q, k, v, out, lse, packed=packed)
     if dlse is not None:
         (dlse,) = batched(dlse, packed=packed)
-    for of_q, of_k, chosen in parts(q, k, cu_seqlens_q, cu_seqlens_k, count, samples):
+    for of_q, of_k, chosen in parts(q, k, cu_seqlens_q, cu_seqlens_k, options, count, samples):
         of_dlse = None if dlse is None else dlse[of_q]
         dq[of_q], dk[of_k], dv[of_k] = attend_backward(
             dout[of_q], of_dlse, q[of_q], k[of_k], v[of_k], out[of_q], lse[of_q], options, chosen
@@ -95,13 +97,20 @@ def parts(
     k: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    options: Options,
     count: Tensor | None,
     samples: Tensor | None,
 ) -> Iterator[tuple[Index, Index, Tensor]]:
     """What one call can take, a dense batch at once or a sequence: indices of q and of k, and which
-    samples these are."""
+    samples these are. The reference takes rows of several sequences, torch's kernels do not."""
     number = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     chosen = torch.arange(number)[rows_of(count, samples)]
+    if options.bounds is not None and options.plain:
+        for sample in chosen.unsqueeze(1):
+            begins, ends = (side[sample].unique_consecutive() for side in options.bounds)
+            for run in zip(begins.tolist(), ends.tolist(), strict=True):
+                yield (sample, slice(*run)), (sample, slice(*run)), sample
+        return
     if cu_seqlens_q is None or cu_seqlens_k is None:
         yield (chosen,), (chosen,), chosen
         return

@@ -10,19 +10,21 @@ from .tiles import (
     dropped,
     key_range,
     load_tile,
+    narrow_keys,
     part_of,
     scores_of,
     slope_of,
     span,
     store_tile,
     tiles_of,
+    together,
     visible,
 )
 
 
 @triton.jit
 def attend(
-    acc, total, top, q, keys, values, start, stop, i, window, scoring, dropout,
+    acc, total, top, q, keys, values, start, stop, i, sequence, window, scoring, dropout,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys from start to stop to acc, total and top. Unless EDGE, every query sees all."""
@@ -40,6 +42,7 @@ def attend(
             scores, _ = scores_of(products, i[:, None], j[None, :], window, scoring)
             if EDGE:
                 seen = visible(i[:, None], j[None, :], window)
+                seen = together(seen, j[None, :], sequence)
                 scores = tl.where(seen, scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
             base = higher
@@ -58,8 +61,8 @@ def attend(
 
 @routed_jit("seqlen_q", "seqlen_k", "left", "right", "threshold", "parts")
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, slopes_ptr, seed_ptr, cu_q_ptr, cu_k_ptr, count_ptr, samples_ptr,
-    out_ptr, lse_ptr, k_tiles, v_tiles,
+    q_ptr, k_ptr, v_ptr, slopes_ptr, seed_ptr, cu_q_ptr, cu_k_ptr, begins_ptr, ends_ptr,
+    count_ptr, samples_ptr, out_ptr, lse_ptr, k_tiles, v_tiles,
     seqlen_q, seqlen_k, group, left, right, scale, softcap, threshold: tl.uint32, keep_scale, parts,
     stride_q, stride_k, stride_v, stride_slopes, stride_out, stride_lse, stride_parts,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -68,6 +71,7 @@ def forward_kernel(
     """A tile of queries of one head of one active sample; the last tile, the longest, goes first.
 
     scale: not negative, so that the largest product has the largest score.
+    begins, ends: (batch, seqlen), of the sequences in a row of tokens; None where the window says.
     parts: None; or how many programs share out the keys of one tile, which holds all queries. Each
     writes what its keys alone would give, to its part of out and lse, which lie stride_parts apart.
     stride_*: (batch, seqlen, heads) in UNIT numbers, and head_dim; of slopes (batch, heads), of lse
@@ -104,6 +108,14 @@ def forward_kernel(
     )
     outs = tiles_of(out_ptr, stride_out, sample, row_q, head, BLOCK_M, BLOCK_D, OFFSET, UNIT)
     i = first + tl.arange(0, BLOCK_M)
+    begins, ends = begins_ptr, ends_ptr
+    if begins_ptr is not None:
+        begins_ptr += sample * seqlen_q
+        begins = tl.load(begins_ptr + i, mask=i < seqlen_q, other=0)[:, None]
+    if ends_ptr is not None:
+        ends_ptr += sample * seqlen_q
+        ends = tl.load(ends_ptr + i, mask=i < seqlen_q, other=0)[:, None]
+    sequence = (begins, ends)
 
     # [BLOCK_M, BLOCK_D]
     q = load_tile(queries, first, seqlen_q, HEAD_DIM, True)
@@ -112,22 +124,26 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     start, inner_start, inner_stop, stop = key_range(first, window, BLOCK_M, BLOCK_N)
+    start, inner_start, inner_stop, stop = narrow_keys(
+        start, inner_start, inner_stop, stop, begins_ptr, ends_ptr,
+        first, tl.minimum(first + BLOCK_M, seqlen_q) - 1, BLOCK_N,
+    )  # fmt: skip
     if parts is not None:
         start, inner_start, inner_stop, stop = part_of(
             start, inner_start, inner_stop, stop, part, parts, BLOCK_N
         )
-    if left is not None:
+    if left is not None or begins_ptr is not None:
         acc, total, top = attend(
-            acc, total, top, q, keys, values, start, inner_start, i, window, scoring, dropout,
-            HEAD_DIM, BLOCK_N, True,
+            acc, total, top, q, keys, values, start, inner_start, i, sequence, window, scoring,
+            dropout, HEAD_DIM, BLOCK_N, True,
         )  # fmt: skip
     acc, total, top = attend(
-        acc, total, top, q, keys, values, inner_start, inner_stop, i, window, scoring, dropout,
-        HEAD_DIM, BLOCK_N, False,
+        acc, total, top, q, keys, values, inner_start, inner_stop, i, sequence, window, scoring,
+        dropout, HEAD_DIM, BLOCK_N, False,
     )  # fmt: skip
     acc, total, top = attend(
-        acc, total, top, q, keys, values, tl.maximum(inner_start, inner_stop), stop, i, window,
-        scoring, dropout, HEAD_DIM, BLOCK_N, True,
+        acc, total, top, q, keys, values, tl.maximum(inner_start, inner_stop), stop, i,
+        sequence, window, scoring, dropout, HEAD_DIM, BLOCK_N, True,
     )  # fmt: skip
 
     blind = total == 0

@@ -4,7 +4,10 @@ A program holds a tile of queries and goes through the keys that its queries see
 tile live in registers, and the softmax is built up as it goes: a running maximum and sum per query.
 Tiles of keys that no query of the tile sees are skipped, those that all of them see are not masked,
 and where attention is causal the longest programs start first. On Hopper descriptors load keys and
-values of 16 bits, unless sequences are packed: of those a tile has to end with its sequence.
+values of 16 bits, unless sequences are packed by cu_seqlens: there a tile has to end with its own.
+
+Sequences may also lie in rows of one length. Then the bounds of a token say where its own sequence
+begins and ends, and the launch is the same however many there are.
 
 The backward pass has two kernels and no atomics. The first holds queries, and writes dQ and
 Δ = Σ dO O − dL; the second holds keys, goes through the queries and the heads of the group, and
@@ -208,6 +211,17 @@ def extents(
     return sequences, longest_q, k.shape[-3] if max_seqlen_k is None else max_seqlen_k
 
 
+def sides_of(
+    bounds: Tensor | None, *, queries: bool, causal: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Where the sequences of the tokens that a program holds begin and end, queries or keys; None
+    where causal attention goes no further anyway."""
+    if bounds is None:
+        return None, None
+    begins, ends = bounds.contiguous().unbind()
+    return (None if causal and not queries else begins), (None if causal and queries else ends)
+
+
 def shared_arguments(q, k, left, right, scale, softcap, dropout_p) -> tuple:
     """From seqlen_q to keep_scale, as all three kernels take them."""
     threshold = min(round(dropout_p * 2**32), 2**32 - 1)
@@ -221,7 +235,7 @@ def shared_arguments(q, k, left, right, scale, softcap, dropout_p) -> tuple:
 
 def forward(
     q, k, v, left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed,
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, count, samples, into=None,
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bounds, count, samples, into=None,
 ):  # fmt: skip
     """into: out and lse, the memory for them."""
     check(q)
@@ -235,7 +249,7 @@ def forward(
     busy = is_busy(softcap, alibi_slopes, dropout_seed)
     group_fits = seqlen_q == 1 and heads <= FEW * k.shape[-2]
     dense = cu_seqlens_q is None
-    if dense and group_fits and not busy and lse.stride(1) == 1:
+    if dense and bounds is None and group_fits and not busy and lse.stride(1) == 1:
         q, k, v, out, lse = by_group(q, k, v, out, lse, left)
         left = right = -1
         *_, seqlen_q, heads, head_dim = q.shape
@@ -257,8 +271,9 @@ def forward(
     where = addressing(q, k, v, outs)
     of_q, of_k, of_v, of_out = (in_units(x, where["UNIT"]) for x in (q, k, v, outs))
     forward_kernel[grid](
-        q, k, v, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k, count, samples, outs, lses,
-        *tiles, *shared_arguments(q, k, left, right, scale, softcap, dropout_p),
+        q, k, v, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k,
+        *sides_of(bounds, queries=True, causal=right == 0), count, samples, outs, lses, *tiles,
+        *shared_arguments(q, k, left, right, scale, softcap, dropout_p),
         None if apart is None else parts, of_q, of_k, of_v, strides(alibi_slopes, 2), of_out,
         strides(lses, 3), apart,
         HEAD_DIM=head_dim, **where, **config,
@@ -290,7 +305,7 @@ def parts_of(programs: int, keys: int) -> int:
 
 def backward(
     dout, dlse, q, k, v, out, lse, left, right, scale, softcap, alibi_slopes, dropout_p,
-    dropout_seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, count, samples,
+    dropout_seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bounds, count, samples,
 ):  # fmt: skip
     heads, head_dim = q.shape[-2:]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
@@ -308,8 +323,8 @@ def backward(
     tiles = descriptors(config, "BLOCK_N", k, v)
     dq_kernel[grid_of(heads, longest_q, config["BLOCK_M"], sequences)](
         dout, dlse, q, k, v, out, lse, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k,
-        count, samples, dq, base, delta, *tiles, *arguments,
-        of_dout, strides(dlse, 3), of_q, of_k, of_v, strides(alibi_slopes, 2), of_out,
+        *sides_of(bounds, queries=True, causal=right == 0), count, samples, dq, base, delta, *tiles,
+        *arguments, of_dout, strides(dlse, 3), of_q, of_k, of_v, strides(alibi_slopes, 2), of_out,
         strides(lse, 3), of_dq, strides(delta, 3),
         HEAD_DIM=head_dim, **where, **config,
     )  # fmt: skip
@@ -317,8 +332,8 @@ def backward(
     tiles = descriptors(config, "BLOCK_M", q, dout)
     dkdv_kernel[grid_of(k.shape[-2], longest_k, config["BLOCK_N"], sequences)](
         dout, q, k, v, base, delta, alibi_slopes, dropout_seed, cu_seqlens_q, cu_seqlens_k,
-        count, samples, dk, dv, *tiles, *arguments,
-        of_dout, of_q, of_k, of_v, strides(alibi_slopes, 2), strides(delta, 3), of_dk,
+        *sides_of(bounds, queries=False, causal=right == 0), count, samples, dk, dv, *tiles,
+        *arguments, of_dout, of_q, of_k, of_v, strides(alibi_slopes, 2), strides(delta, 3), of_dk,
         HEAD_DIM=head_dim, **where, **config,
     )  # fmt: skip
     return dq, dk, dv

@@ -25,6 +25,7 @@ def flash_attention_op(
     cu_seqlens_k: Tensor | None,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
+    bounds: Tensor | None,
     count: Tensor | None,
     samples: Tensor | None,
     impl: str,
@@ -32,7 +33,7 @@ def flash_attention_op(
     return call_backend(
         __package__, impl, "forward",
         q, k, v, left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed,
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, count, samples,
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bounds, count, samples,
     )  # fmt: skip
 
 
@@ -52,6 +53,7 @@ def flash_attention_into_op(
     left: int,
     right: int,
     scale: float,
+    bounds: Tensor | None,
     count: Tensor | None,
     samples: Tensor | None,
     impl: str,
@@ -60,7 +62,7 @@ def flash_attention_into_op(
     plain = 0.0, None, 0.0, None, None, None, None, None
     call_backend(
         __package__, impl, "forward",
-        q, k, v, left, right, scale, *plain, count, samples, (out, lse),
+        q, k, v, left, right, scale, *plain, bounds, count, samples, (out, lse),
     )  # fmt: skip
 
 
@@ -84,6 +86,7 @@ def flash_attention_backward_op(
     cu_seqlens_k: Tensor | None,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
+    bounds: Tensor | None,
     count: Tensor | None,
     samples: Tensor | None,
     impl: str,
@@ -91,7 +94,8 @@ def flash_attention_backward_op(
     return call_backend(
         __package__, impl, "backward",
         dout, dlse, q, k, v, out, lse, left, right, scale, softcap, alibi_slopes, dropout_p,
-        dropout_seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, count, samples,
+        dropout_seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bounds, count,
+        samples,
     )  # fmt: skip
 
 
@@ -101,25 +105,26 @@ def _(dout, dlse, q, k, v, *others):
 
 
 def save_for_backward(ctx, inputs, output):
-    q, k, v, left, right, scale, softcap, slopes, dropout_p, seed, *bounds = inputs
-    cu_seqlens_q, cu_seqlens_k, *longest, count, samples, impl = bounds
+    q, k, v, left, right, scale, softcap, slopes, dropout_p, seed, *others = inputs
+    cu_seqlens_q, cu_seqlens_k, *longest, bounds, count, samples, impl = others
     # The seed and the route are what they are now: both live on the device, and move on there
     seed = None if seed is None else seed.clone()
     route = snapshot(count, samples)
-    ctx.save_for_backward(q, k, v, *output, slopes, seed, cu_seqlens_q, cu_seqlens_k, *route)
+    packing = cu_seqlens_q, cu_seqlens_k, bounds
+    ctx.save_for_backward(q, k, v, *output, slopes, seed, *packing, *route)
     ctx.options = left, right, scale, softcap, dropout_p, longest, impl
     ctx.set_materialize_grads(False)  # nobody who ignores lse pays for its gradient
 
 
 def differentiate(ctx, dout, dlse):
-    q, k, v, out, lse, slopes, seed, cu_seqlens_q, cu_seqlens_k, *route = ctx.saved_tensors
+    q, k, v, out, lse, slopes, seed, cu_seqlens_q, cu_seqlens_k, bounds, *route = ctx.saved_tensors
     left, right, scale, softcap, dropout_p, longest, impl = ctx.options
     dout = torch.zeros_like(out) if dout is None else dout
     grads = flash_attention_backward_op(
         dout, dlse, q, k, v, out, lse, left, right, scale, softcap, slopes, dropout_p, seed,
-        cu_seqlens_q, cu_seqlens_k, *longest, *route, impl,
+        cu_seqlens_q, cu_seqlens_k, *longest, bounds, *route, impl,
     )  # fmt: skip
-    return *grads, *(None,) * 14
+    return *grads, *(None,) * 15
 
 
 apply = differentiable(flash_attention_op, save_for_backward, differentiate)

@@ -26,12 +26,13 @@ def flash_attention_reference(
     dropout_seed: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    bounds: Tensor | None,
     route: Route | None,
 ) -> tuple[Tensor, Tensor]:
     """See flash_attention. left, right: the window's sides, -1 for unbounded."""
     samples = torch.arange(len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1)
     samples = take(route, samples.to(q.device))
-    options = left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed
+    options = left, right, scale, softcap, alibi_slopes, dropout_p, dropout_seed, bounds
     if cu_seqlens_q is None or cu_seqlens_k is None:
         chosen_q, chosen_k, chosen_v = (take(route, tensor) for tensor in (q, k, v))
         out, lse = attend(chosen_q, chosen_k, chosen_v, *options, samples)
@@ -61,6 +62,7 @@ def attend(
     alibi_slopes: Tensor | None,
     dropout_p: float,
     dropout_seed: Tensor | None,
+    bounds: Tensor | None,
     samples: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(batch, seqlen, heads, head_dim) -> the same, and (batch, heads, seqlen).
@@ -83,6 +85,9 @@ def attend(
         scores = scores.masked_fill(key < own - left, float("-inf"))
     if right >= 0:
         scores = scores.masked_fill(key > own + right, float("-inf"))
+    if bounds is not None:
+        begins, ends = bounds[:, samples, None, :, None]
+        scores = scores.masked_fill((key < begins) | (key >= ends), float("-inf"))
     lse = scores.logsumexp(-1)
     weights = (scores - lse.masked_fill(lse.isneginf(), 0).unsqueeze(-1)).exp()
     if dropout_seed is not None:

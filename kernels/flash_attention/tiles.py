@@ -1,4 +1,8 @@
-"""What the Triton kernels share: where a sequence lies, which keys a query sees, and its scores."""
+"""What the Triton kernels share: where a sequence lies, which keys a query sees, and its scores.
+
+A row of tokens may hold several sequences. Then pointers say where that of each token begins and
+ends, relative to the row; one of them is None where the window keeps to that side already.
+"""
 
 import triton
 import triton.language as tl
@@ -98,6 +102,21 @@ def key_range(first, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def narrow_keys(
+    start, inner_start, inner_stop, stop, begins_ptr, ends_ptr, first, last, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """That range without what is in no sequence of the queries from `first` to `last`."""
+    if begins_ptr is not None:
+        start = tl.maximum(start, tl.load(begins_ptr + first) // BLOCK_N * BLOCK_N)
+        whole = tl.cdiv(tl.load(begins_ptr + last), BLOCK_N) * BLOCK_N
+        inner_start = tl.maximum(inner_start, whole)
+    if ends_ptr is not None:
+        stop = tl.minimum(stop, tl.load(ends_ptr + last))
+        inner_stop = tl.minimum(inner_stop, tl.load(ends_ptr + first) // BLOCK_N * BLOCK_N)
+    return start, tl.minimum(inner_start, stop), inner_stop, stop
+
+
+@triton.jit
 def part_of(start, inner_start, inner_stop, stop, part, parts, BLOCK_N: tl.constexpr):
     """A part of that range, in whole tiles, of `parts` parts alike; the last ones may be empty, and
     then stop before they start."""
@@ -122,6 +141,16 @@ def query_range(first, seqlen_q, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 
 
 @triton.jit
+def narrow_queries(start, stop, begins_ptr, ends_ptr, first, last, BLOCK_M: tl.constexpr):
+    """That range without what is in no sequence of the keys from `first` to `last`."""
+    if begins_ptr is not None:
+        start = tl.maximum(start, tl.load(begins_ptr + first) // BLOCK_M * BLOCK_M)
+    if ends_ptr is not None:
+        stop = tl.minimum(stop, tl.load(ends_ptr + last))
+    return start, stop
+
+
+@triton.jit
 def visible(i, j, window):
     """Whether query i sees key j; i and j are a column and a row, or a row and a column."""
     shift, seqlen_k, left, right = window
@@ -130,6 +159,20 @@ def visible(i, j, window):
         seen = seen & (j >= i + shift - left)
     if right is not None:
         seen = seen & (j <= i + shift + right)
+    return seen
+
+
+@triton.jit
+def together(seen, walked, sequence):
+    """`seen`, where walked tokens, a row, are also in the sequences of those that are held.
+
+    sequence: where that of each token held begins and ends, columns; or None.
+    """
+    begins, ends = sequence
+    if begins is not None:
+        seen = seen & (walked >= begins)
+    if ends is not None:
+        seen = seen & (walked < ends)
     return seen
 
 

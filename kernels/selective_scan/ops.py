@@ -94,6 +94,7 @@ def selective_scan_into_op(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    seq_idx: Tensor | None,
     count: Tensor | None,
     samples: Tensor | None,
     delta_softplus: bool,
@@ -102,7 +103,7 @@ def selective_scan_into_op(
     """The forward pass into given memory, in which each sample's part is contiguous."""
     call_backend(
         __package__, impl, "forward",
-        u, delta, A, B, C, D, z, delta_bias, None, None, count, samples, delta_softplus,
+        u, delta, A, B, C, D, z, delta_bias, None, seq_idx, count, samples, delta_softplus,
         (out, kept),
     )  # fmt: skip
 
@@ -122,6 +123,7 @@ def selective_scan_backward_into_op(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    seq_idx: Tensor | None,
     count: Tensor | None,
     samples: Tensor | None,
     delta_softplus: bool,
@@ -131,7 +133,7 @@ def selective_scan_backward_into_op(
     and z go into given memory of any strides."""
     du, ddelta, dA, _, _, dD, _, dbias, _ = call_backend(
         __package__, impl, "backward",
-        dout, None, kept, u, delta, A, B, C, D, z, delta_bias, None, None, count, samples,
+        dout, None, kept, u, delta, A, B, C, D, z, delta_bias, None, seq_idx, count, samples,
         delta_softplus, (dB, dC, dz),
     )  # fmt: skip
     gradients = du, ddelta, dA, dD, dbias

@@ -84,10 +84,9 @@ class Attention(nn.Module):
         tokens these follow.
         """
         cache = cache_of(self, past_key_values, use_cache, attention_mask, packed)
-        batch, seqlen, _width = hidden_states.shape
         packing = None if cache else packing_of(hidden_states, attention_mask, self.left, **packed)
         if angles is None:
-            places = torch.arange(seqlen, device=hidden_states.device)
+            places = torch.arange(hidden_states.shape[1], device=hidden_states.device)
             angles = self.preprocess(cache.step.positions if cache else places).get("angles")
 
         q = self.q_proj(hidden_states).unflatten(-1, (self.heads, self.head_dim))
@@ -96,14 +95,10 @@ class Attention(nn.Module):
         if angles is not None:
             q, k = rotary(q, *angles), rotary(k, *angles)
         if cache is not None:
-            return self.o_proj(self.attend_behind(cache, q, k, v).flatten(-2))
-        if packing is None:
-            return self.o_proj(self.attend(q, k, v).flatten(-2))
-        q, k, v = packing.pack(q), packing.pack(k), packing.pack(v)
-        out = self.attend(
-            q, k, v, cu_seqlens_q=packing.cu_seqlens, max_seqlen_q=seqlen, max_seqlen_k=seqlen
-        )
-        return self.o_proj(packing.unpack(out, batch, seqlen).flatten(-2))
+            out = self.attend_behind(cache, q, k, v)
+        else:
+            out = self.attend(q, k, v, bounds=packing.bounds if packing else None)
+        return self.o_proj(out.flatten(-2))
 
     @property
     def left(self) -> int:
@@ -151,7 +146,7 @@ class Attention(nn.Module):
         q, k, v, attended = self.heads_of(slot["q"], slot["k"], slot["v"], slot["out"])
         self.rotate(run, q, k)
         flash_attention_into_op(
-            attended, slot["lse"], q, k, v, self.left, 0, self.head_dim**-0.5,
+            attended, slot["lse"], q, k, v, self.left, 0, self.head_dim**-0.5, run.bounds,
             *run.tensors, run.impl,
         )  # fmt: skip
         run.linear(out, slot["out"], self.o_proj.weight)
@@ -165,7 +160,7 @@ class Attention(nn.Module):
         )
         dq, dk, dv = flash_attention_backward_op(
             d, None, q, k, v, attended, slot["lse"], self.left, 0, self.head_dim**-0.5,
-            0.0, None, 0.0, None, None, None, None, None, *run.tensors, run.impl,
+            0.0, None, 0.0, None, None, None, None, None, run.bounds, *run.tensors, run.impl,
         )  # fmt: skip
         self.rotate(run, dq, dk, back=True)
         gradients = dq.flatten(-2), dk.flatten(-2), dv.flatten(-2)

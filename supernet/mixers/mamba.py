@@ -82,6 +82,8 @@ class Mamba(nn.Module):
     there is one path.
     """
 
+    left: int | None = None  # a scan has no window
+
     def __init__(
         self,
         d_model: int,
@@ -140,7 +142,9 @@ class Mamba(nn.Module):
         if inference_params is not None:
             return self._with_inference_params(hidden_states, inference_params)
         cache = cache_of(self, past_key_values, use_cache, attention_mask, packed)
-        packing = cache.step if cache else packing_of(hidden_states, attention_mask, None, **packed)
+        packing = (
+            cache.step if cache else packing_of(hidden_states, attention_mask, self.left, **packed)
+        )
         seq_idx = packing.seq_idx if packing else None
 
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
@@ -212,7 +216,8 @@ class Mamba(nn.Module):
         A, D, bias = rates_of(self)
         z = slot["xz"][..., self.d_inner :]
         return (
-            slot["conv"], slot["dt"], A, B.unsqueeze(2), C.unsqueeze(2), D, z, bias, *run.tensors
+            slot["conv"], slot["dt"], A, B.unsqueeze(2), C.unsqueeze(2), D, z, bias,
+            run.seq_idx, *run.tensors,
         )  # fmt: skip
 
     def allocate_inference_cache(
@@ -274,6 +279,8 @@ class GroupedMamba(nn.Module):
     and checkpoints depend on it.
     """
 
+    left: int | None = None  # a scan has no window
+
     def __init__(
         self,
         hidden_size: int,
@@ -325,7 +332,9 @@ class GroupedMamba(nn.Module):
     ) -> Tensor:
         """(batch, seqlen, hidden_size) to the same; the arguments are those of Mamba."""
         cache = cache_of(self, past_key_values, use_cache, attention_mask, packed)
-        packing = cache.step if cache else packing_of(hidden_states, attention_mask, None, **packed)
+        packing = (
+            cache.step if cache else packing_of(hidden_states, attention_mask, self.left, **packed)
+        )
         seq_idx = packing.seq_idx if packing else None
 
         z, x, B, C = self.split(self.in_proj(hidden_states))
@@ -412,7 +421,7 @@ class GroupedMamba(nn.Module):
         z, _, B, C = self.split(slot["projected"])
         u = slot["conv"] if self.repeat_kv_before_conv else self.repeated(run, slot["conv"])
         A, D, bias = rates_of(self)
-        return u, slot["dt"], A, B, C, D, z, bias, *run.tensors
+        return u, slot["dt"], A, B, C, D, z, bias, run.seq_idx, *run.tensors
 
     def repeated(self, run: "Run", x: Tensor) -> Tensor:
         out = run.fresh("y")
@@ -483,7 +492,7 @@ def convolve(
 
 def convolve_into(conv: nn.Conv1d, run: "Run", out: Tensor, x: Tensor) -> None:
     taps = conv.weight.squeeze(1)
-    causal_conv1d_into_op(out, x, taps, conv.bias, *run.tensors, "silu", run.impl)
+    causal_conv1d_into_op(out, x, taps, conv.bias, run.seq_idx, *run.tensors, "silu", run.impl)
 
 
 def convolve_backward(
@@ -492,7 +501,7 @@ def convolve_backward(
     """Write dx. Returns the taps and their bias, each with its gradient."""
     taps = conv.weight.squeeze(1)
     dtaps, dbias = causal_conv1d_backward_into_op(
-        dx, dout, x, taps, conv.bias, *run.tensors, "silu", run.impl
+        dx, dout, x, taps, conv.bias, run.seq_idx, *run.tensors, "silu", run.impl
     )
     return (conv.weight, dtaps), (conv.bias, dbias)
 

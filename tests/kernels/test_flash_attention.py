@@ -24,7 +24,7 @@ from tests.support import (
     route_of,
 )
 from tossup.kernels import descriptors
-from tossup.kernels.flash_attention import flash_attention, kernel
+from tossup.kernels.flash_attention import bounds_of, flash_attention, kernel
 from tossup.kernels.flash_attention.ops import flash_attention_op
 
 WINDOWS = [(-1, -1), (-1, 0), (0, 0), (2, 0), (-1, 3), (3, 1), (0, -1), (100, 100)]
@@ -495,6 +495,10 @@ def cases():
                 dropout_seed=SEED.to(dense[0].device),
             ),
         ),
+        "several sequences in a row": (
+            [x.detach()[:, :3].requires_grad_() for x in dense],
+            dict(causal=True, bounds=bounds_of(torch.tensor([[0, 0, 1], [0, 1, 1]]))),
+        ),
         "packed and routed": (flat, dict(cu_seqlens_q=packed, route=route)),
     }
 
@@ -504,6 +508,7 @@ def cases():
 def test_registration(impl, case):
     inputs, options = cases()[case]
     route, bounds = options.get("route"), options.get("cu_seqlens_q")
+    rows = options.get("bounds")
     places = (bounds, bounds, route and route.count, route and route.samples)
     tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
     if route is None:  # with a route, what nobody wrote differs from call to call
@@ -511,7 +516,7 @@ def test_registration(impl, case):
     scoring = (options.get(n) for n in ("softcap", "alibi_slopes", "dropout_p", "dropout_seed"))
     softcap, slopes, p, seed = scoring
     arguments = (
-        *inputs, 2, 0, 0.5, softcap or 0.0, slopes, p or 0.0, seed, *places[:2], None, None,
+        *inputs, 2, 0, 0.5, softcap or 0.0, slopes, p or 0.0, seed, *places[:2], None, None, rows,
         *places[2:], impl,
     )  # fmt: skip
     torch.library.opcheck(flash_attention_op, arguments, test_utils=tests)

@@ -18,7 +18,7 @@ from tossup.kernels.routing import MixerTable
 from tossup.supernet.config import ModelConfig
 from tossup.supernet.device_dispatch import Fork, carve, slot_bytes
 from tossup.supernet.evaluate import evaluate_placements
-from tossup.supernet.mixers import Attention, GroupedMamba, Mamba
+from tossup.supernet.mixers import Attention, Cache, GroupedMamba, Mamba
 from tossup.supernet.model import SupernetModel, language_model_losses
 from tossup.supernet.optimizer import parameter_groups
 from tossup.supernet.stochastic import StochasticMixer
@@ -451,11 +451,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match="gives 3 of the 4 samples of layer 0 a mixer"):
             layer(torch.zeros(4, 9, 16), table=table_of([0, 1, 5, 0]))
 
-    def test_padding(self):
+    def test_a_cache(self):
         layer = model_of("device", layers=1).layers[0].mixer
-        mask = torch.ones(4, 9)
-        with pytest.raises(ValueError, match="takes no attention_mask while it follows a table"):
-            layer(torch.zeros(4, 9, 16), mask, table=table_of([0, 1, 2, 2]))
+        for told in ({"use_cache": True}, {"past_key_values": Cache(1, 9).layers[0]}):
+            name = next(iter(told))
+            with pytest.raises(ValueError, match=f"takes no {name} while it follows a table"):
+                layer(torch.zeros(4, 9, 16), table=table_of([0, 1, 2, 2]), **told)
 
     def test_a_table_elsewhere(self):
         layer = model_of("device", layers=1).layers[0].mixer.to("meta")
