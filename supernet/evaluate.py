@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from ..kernels.routing import MixerTable
+from .data import Batch
 from .model import SupernetModel, language_model_losses
 from .search.scoring import Score
 from .search.space import Placement
 
-Batches = Sequence[tuple[Tensor, Tensor]]
+Batches = Sequence[Batch]
 
 
 @torch.no_grad()
@@ -29,12 +30,13 @@ def evaluate_placements(
     indices = indices.to(device if model.dispatch == "device" else "cpu")  # where it is followed
     tallies = []
     with evaluating(model):
-        for tokens, labels in batches:
-            rows = indices.T.repeat_interleave(len(tokens), 1)  # [layers, placements × batch]
+        for batch in batches:
+            tokens, labels, *packed = (part.to(device).repeat(count, 1) for part in batch)
+            samples = len(tokens) // count
+            rows = indices.T.repeat_interleave(samples, 1)  # [layers, placements × batch]
             table = MixerTable.of(rows, len(model.mixer_names), rows.shape[1])
-            logits = model(tokens.to(device).repeat(count, 1), table=table)
-            copies = tally(logits, labels.to(device).repeat(count, 1))
-            tallies.append(copies.view(count, len(tokens), 3))
+            logits = model(tokens, table=table, seq_idx=packed[0] if packed else None)
+            tallies.append(tally(logits, labels).view(count, samples, 3))
     return [score_of(samples) for samples in torch.cat(tallies, 1).cpu()]
 
 
@@ -44,11 +46,12 @@ def evaluate_model(
 ) -> Score:
     """Score one placement, or the model as it stands: its only placement, or the main mixers."""
     device = model.lm_head.weight.device
+    tallies = []
     with evaluating(model):
-        tallies = [
-            tally(model(tokens.to(device), placement=placement), labels.to(device))
-            for tokens, labels in batches
-        ]
+        for batch in batches:
+            tokens, labels, *packed = (part.to(device) for part in batch)
+            seq_idx = packed[0] if packed else None
+            tallies.append(tally(model(tokens, placement=placement, seq_idx=seq_idx), labels))
     return score_of(torch.cat(tallies).cpu())
 
 

@@ -209,12 +209,18 @@ class Trainer:
 
     def loss(self, micro: int, table: MixerTable | None) -> Tensor:
         """A micro-batch's part of the mean over all labelled tokens of the step."""
-        tokens, labels = self.inputs.tokens[micro], self.inputs.labels[micro]
+        tokens, labels, *packed = (part[micro] for part in self.inputs.batches)
         extra: dict[str, Mean] = {}
         metrics: dict[str, Mean] = {}
         bfloat16 = self.options.dtype == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-            logits = self.model(tokens, table=table, losses=extra, metrics=metrics)
+            logits = self.model(
+                tokens,
+                table=table,
+                seq_idx=packed[0] if packed else None,
+                losses=extra,
+                metrics=metrics,
+            )
         losses, counts = language_model_losses(logits, labels)
         self.report.add(losses.detach(), counts, table, {**extra, **metrics})
         auxiliary = sum(mean.value for mean in extra.values())
@@ -268,31 +274,26 @@ class Trainer:
 class Inputs:
     """What differs from step to step, in memory on the device that stays where it is.
 
-    tokens, labels: (accumulation, batch_size, seqlen). labelled: float32, (), how many labels count
-    in the step. rate: float32, (). step: int64, ().
+    batches: tokens, labels and perhaps seq_idx, (accumulation, batch_size, seqlen). labelled:
+    float32, (), how many labels count in the step. rate: float32, (). step: int64, ().
     Raises ValueError for batches of another shape than the first ones.
     """
 
     def __init__(self, device: torch.device):
-        self.tokens = torch.zeros(0, dtype=torch.int64, device=device)  # until the shape is known
-        self.labels = self.tokens
+        self.batches: list[Tensor] = []  # until their shapes are known
         self.labelled, self.rate = torch.zeros(2, device=device)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
 
     def fill(self, step: int, rate: float, batches: Sequence[Batch]) -> None:
-        tokens, labels = (torch.stack(parts) for parts in zip(*batches, strict=True))
-        if self.tokens.numel() and self.tokens.shape != tokens.shape:
-            raise ValueError(
-                f"batches must keep the shape {tuple(self.tokens.shape)} of the first step, got "
-                f"{tuple(tokens.shape)}"
-            )
-        if not self.tokens.numel():
-            self.tokens, self.labels = (
-                torch.empty_like(part, device=self.step.device) for part in (tokens, labels)
-            )
-        self.tokens.copy_(send(tokens, self.tokens.device))
-        self.labels.copy_(send(labels, self.labels.device))
-        self.labelled.fill_(int((labels != IGNORED).sum()))
+        stacked = [torch.stack(parts) for parts in zip(*batches, strict=True)]
+        if not self.batches:
+            self.batches = [torch.empty_like(part, device=self.step.device) for part in stacked]
+        shapes, got = ([tuple(part.shape) for part in of] for of in (self.batches, stacked))
+        if shapes != got:
+            raise ValueError(f"batches must keep the shapes {shapes} of the first step, got {got}")
+        for part, new in zip(self.batches, stacked, strict=True):
+            part.copy_(send(new, part.device))
+        self.labelled.fill_(int((stacked[1] != IGNORED).sum()))
         self.rate.fill_(rate)
         self.step.fill_(step)
 

@@ -17,7 +17,8 @@ from torch import Tensor
 IGNORED = -100  # the label of a position that is not scored, cross_entropy's default ignore_index
 
 Stream = Literal["training", "evaluation"]
-Batch = tuple[Tensor, Tensor]
+# Tokens and labels, and the number of each token's sequence where rows hold several
+Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
 
 def generator(seed: int, step: int, stream: Stream) -> np.random.Generator:
@@ -46,7 +47,8 @@ class Dataset(ABC):
         """The training batch of a step.
 
         Returns (tokens, labels), int64, (batch_size, length), on the CPU. labels[:, t] is what
-        position t must predict (the shift is done already), or IGNORED.
+        position t must predict (the shift is done already), or IGNORED. Where rows hold several
+        sequences, a third tensor, seq_idx, like them, numbers these from 0.
         """
         return self._draw(step, batch_size, "training")
 
@@ -60,14 +62,15 @@ class Dataset(ABC):
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def _draw(self, step: int, batch_size: int, stream: Stream) -> Batch:
-        tokens, labels = self._sequences(generator(self.seed, step, stream), batch_size, stream)
-        return torch.from_numpy(tokens), torch.from_numpy(labels)
+        arrays = self._sequences(generator(self.seed, step, stream), batch_size, stream)
+        tokens, labels, *packed = map(torch.from_numpy, arrays)
+        return (tokens, labels, packed[0]) if packed else (tokens, labels)
 
     @abstractmethod
     def _sequences(
         self, random: np.random.Generator, batch_size: int, stream: Stream
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and labels of a batch, int64, drawn with `random` alone."""
+    ) -> tuple[np.ndarray, ...]:
+        """Tokens and labels of a batch, and perhaps seq_idx, int64, drawn with `random` alone."""
 
     @abstractmethod
     def _identity(self) -> dict[str, Any]:

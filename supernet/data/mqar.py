@@ -67,7 +67,7 @@ class MQAR(Dataset):
 
     def _sequences(
         self, random: np.random.Generator, batch_size: int, stream: Stream
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, ...]:
         shape, prefix, half = (batch_size, self.length), 2 * self.config.pairs, self.vocab_size // 2
         drawn = (batch_size, self.config.pairs)
         keys = 1 + _distinct(random, drawn, half - 1)

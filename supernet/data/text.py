@@ -1,4 +1,5 @@
-"""Byte-level text from local files: a token is a byte, and a sequence a window of one file."""
+"""Byte-level text from local files: a token is a byte, and a sample a window of one file, or of
+files one after the other."""
 
 import glob
 import hashlib
@@ -14,7 +15,7 @@ from pydantic import Field
 
 from ...autotune.schema import Strict
 from ..errors import ConfigError
-from .dataset import Dataset, Stream
+from .dataset import IGNORED, Dataset, Stream
 
 STDLIB = "python-stdlib"
 
@@ -27,6 +28,8 @@ class TextConfig(Strict):
     max_bytes: how much to load. Files come in the order of the hashes of their relative paths, so
         that a cap takes a fair sample of them; the last one is cut.
     held_out: the fraction of files that only evaluation sees, at least one: the first in order.
+    packed: a sample is a window of all files, one after the other in that order. Those that it
+        holds are sequences of their own, of which none sees or predicts another.
     """
 
     type: Literal["text"] = "text"
@@ -39,6 +42,9 @@ class TextConfig(Strict):
     held_out: float = Field(
         default=0.1, gt=0, lt=1, description="the fraction of files that evaluation has for itself"
     )
+    packed: bool = Field(
+        False, description="files one after the other, several in a sample: none sees another"
+    )
     max_bytes: int = Field(default=2**26, ge=1, description="to load")
 
     @property
@@ -50,7 +56,8 @@ class TextConfig(Strict):
 class Text(Dataset):
     """Windows of `length` bytes and, as labels, the bytes that follow each; see TextConfig.
 
-    Every window of every file is equally likely. A file of `length` bytes or fewer has none.
+    Every window of every file is equally likely, and a file of `length` bytes or fewer has none;
+    or, packed, every window of all files together.
     Raises ConfigError where a path has no files, or either part of the split has no window.
     """
 
@@ -63,44 +70,62 @@ class Text(Dataset):
         files = _load(config)
         held_out = max(1, round(config.held_out * len(files)))
         self._parts = {
-            "evaluation": _Windows("evaluation", files[:held_out], self.length),
-            "training": _Windows("training", files[held_out:], self.length),
+            "evaluation": _Windows("evaluation", files[:held_out], config),
+            "training": _Windows("training", files[held_out:], config),
         }
 
     def _sequences(
         self, random: np.random.Generator, batch_size: int, stream: Stream
-    ) -> tuple[np.ndarray, np.ndarray]:
-        windows = self._parts[stream].draw(random, batch_size).astype(np.int64)
-        return windows[:, :-1].copy(), windows[:, 1:].copy()
+    ) -> tuple[np.ndarray, ...]:
+        windows = self._parts[stream]
+        places = windows.draw(random, batch_size)
+        content = windows.bytes_at(places)
+        tokens, labels = content[:, :-1].copy(), content[:, 1:].copy()
+        if not self.config.packed:
+            return tokens, labels
+        files = windows.files_at(places)
+        labels[files[:, :-1] != files[:, 1:]] = IGNORED
+        return tokens, labels, files[:, :-1] - files[:, :1]
 
     def _identity(self) -> dict[str, Any]:
         parts = {stream: windows.digest() for stream, windows in self._parts.items()}
-        return {"type": "text", "length": self.length, **parts}
+        return {"type": "text", "length": self.length, "packed": self.config.packed, **parts}
 
 
 class _Windows:
-    """All windows of length + 1 bytes in some files, numbered one after another."""
+    """All windows of length + 1 bytes in each of some files, or of all together, numbered one after
+    another."""
 
-    def __init__(self, name: str, files: list[bytes], length: int) -> None:
+    def __init__(self, name: str, files: list[bytes], config: TextConfig) -> None:
         sizes = np.array([len(content) for content in files], dtype=np.int64)
-        counts = np.maximum(sizes - length, 0)
+        stretches = sizes.sum(keepdims=True) if config.packed else sizes
+        counts = np.maximum(stretches - config.length, 0)
         if not counts.sum():
+            are = "all {} files together are no" if config.packed else "no {} file is"
             raise ConfigError(
-                f"data.paths: no {name} file is longer than length = {length} bytes "
+                f"data.paths: {are.format(name)} longer than length = {config.length} bytes "
                 f"({len(files)} {name} files); give more or longer files in paths"
             )
         self._bytes = np.frombuffer(b"".join(files), dtype=np.uint8)
         self._starts = np.cumsum(sizes) - sizes
-        self._ends = np.cumsum(counts)  # number of windows up to and including each file
+        self._offsets = np.cumsum(stretches) - stretches
+        self._ends = np.cumsum(counts)  # number of windows up to and including each stretch
         self._counts = counts
-        self._span = np.arange(length + 1)
+        self._span = np.arange(config.length + 1)
 
     def draw(self, random: np.random.Generator, batch_size: int) -> np.ndarray:
-        """uint8, (batch_size, length + 1)."""
+        """Places of bytes, int64, (batch_size, length + 1)."""
         window = random.integers(self._ends[-1], size=batch_size)
-        file = np.searchsorted(self._ends, window, side="right")
-        start = self._starts[file] + window - (self._ends[file] - self._counts[file])
-        return self._bytes[start[:, None] + self._span]
+        stretch = np.searchsorted(self._ends, window, side="right")
+        start = self._offsets[stretch] + window - (self._ends[stretch] - self._counts[stretch])
+        return start[:, None] + self._span
+
+    def bytes_at(self, places: np.ndarray) -> np.ndarray:
+        return self._bytes[places].astype(np.int64)
+
+    def files_at(self, places: np.ndarray) -> np.ndarray:
+        """The numbers of the files that hold these bytes."""
+        return np.searchsorted(self._starts, places, side="right") - 1
 
     def digest(self) -> str:
         """A hash of the bytes and of where files begin."""

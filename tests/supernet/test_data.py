@@ -166,6 +166,47 @@ def test_text_reaches_the_first_and_the_last_window_of_a_file(tmp_path):
     assert tokens.is_contiguous() and labels.dtype == torch.int64
 
 
+def test_packed_text_is_every_window_of_all_files_and_tells_them_apart(corpus):
+    """Also files shorter than a sample, of which unpacked text has no window."""
+    data = build_data(text(corpus, length=100, packed=True, held_out=0.25), seed=0)
+    tokens, labels, seq_idx = data.batch(0, 20000)
+    assert tokens.shape == labels.shape == seq_idx.shape == (20000, 100)
+    follows = tokens[:, 1:] != tokens[:, :-1]  # a byte tells its file
+    assert torch.equal(seq_idx.diff(dim=1), follows.long()) and not seq_idx[:, 0].any()
+    inside = labels != IGNORED
+    assert torch.equal(labels[inside], tokens[inside])
+    assert torch.equal(inside[:, :-1], ~follows)
+    order = list(dict.fromkeys(token for row in tokens.tolist() for token in row))
+    held_out = {i for batch in data.evaluation(20, 200) for i in batch[0].unique().tolist()}
+    assert len(held_out) == 5 and set(order) | held_out == set(range(20))
+    sizes = {index: 20 + 10 * index for index in order}
+    assert min(sizes.values()) < 100
+    windows = sum(sizes.values()) - 100
+    after = {a: b for row in tokens.tolist() for a, b in itertools.pairwise(row) if a != b}
+    first = (set(order) - set(after.values())).pop()
+    content = []
+    while first is not None:
+        content += [first] * sizes[first]
+        first = after.get(first)
+    assert len(content) == windows + 100
+    # A window begins in a file as often as it has bytes, but for the last ones of all
+    begins = Counter(content[:windows])
+    seen = Counter(tokens[:, 0].tolist())
+    assert set(seen) == set(begins)
+    expected = [20000 * count / windows for count in begins.values()]
+    assert stats.chisquare([seen[index] for index in begins], expected).pvalue > 1e-4
+
+
+def test_packed_text_passes_over_empty_files(tmp_path):
+    for index in range(8):
+        content = b"" if index % 2 else bytes([index]) * 5
+        (tmp_path / f"{index}.txt").write_bytes(content)
+    (tmp_path / "first.txt").write_bytes(b"x" * 30)
+    data = build_data(text(tmp_path, packed=True, length=4, held_out=0.4), 0)
+    tokens, _, seq_idx = data.batch(0, 500)
+    assert torch.equal(seq_idx.diff(dim=1).bool(), tokens.diff(dim=1) != 0)
+
+
 def test_text_of_the_standard_library():
     data = build_data(TextConfig(paths=("python-stdlib",), length=64), seed=0)
     root = Path(sysconfig.get_path("stdlib"))
@@ -210,6 +251,7 @@ def test_fingerprints_follow_everything_that_defines_the_data(corpus):
             (text(corpus, length=9), 0),
             (text(corpus, held_out=0.5), 0),
             (text(corpus, max_bytes=700), 0),
+            (text(corpus, packed=True), 0),
         )
     ]
     (corpus / "a" / "19.txt").write_bytes(bytes([19]) * 209 + b"!")
@@ -228,6 +270,8 @@ def test_text_without_files(tmp_path):
     (tmp_path / "other.txt").write_bytes(b"x" * 100)
     with pytest.raises(ConfigError, match="no evaluation file is longer than length = 100 bytes"):
         build_data(text(tmp_path, length=100), 0)
+    with pytest.raises(ConfigError, match="all evaluation files together are no longer than"):
+        build_data(text(tmp_path, length=100, packed=True), 0)
 
 
 @pytest.mark.parametrize(

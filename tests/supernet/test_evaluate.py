@@ -39,6 +39,22 @@ def test_placements_together_score_as_a_plain_loop_over_each(training):
     assert model.training == training
 
 
+def test_packed_sequences_score_as_each_by_itself():
+    torch.manual_seed(0)
+    model = SupernetModel(model_config()).eval()
+    tokens, labels = torch.randint(32, (3, 9)), torch.randint(32, (3, 9))
+    bounds, parts = (4, 1, 4), []
+    seq_idx = torch.arange(3).repeat_interleave(torch.tensor(bounds)).expand(3, -1)
+    for pieces in zip(tokens.split(bounds, 1), labels.split(bounds, 1), strict=True):
+        parts.append(pieces)
+    for placement in (("mamba",) * 3, ("attention", "mamba", "attention")):
+        packed = evaluate_model(model, [(tokens, labels, seq_idx)], placement)
+        alone = evaluate_model(model, parts, placement)
+        assert packed.metrics == pytest.approx(alone.metrics, rel=1e-5)
+        (together,) = evaluate_placements(model, [(tokens, labels, seq_idx)], [placement])
+        assert together.metrics == pytest.approx(alone.metrics, rel=1e-5)
+
+
 def test_a_supernet_in_training_is_evaluated_by_its_main_mixers():
     model = SupernetModel(model_config(main_mixer_name="mamba")).train()
     assert evaluate_model(model, batches()) == evaluate_model(model, batches(), ("mamba",) * 3)

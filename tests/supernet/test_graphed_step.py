@@ -1,6 +1,7 @@
 """A captured step beside host dispatch, on a GPU: the same tables, the same losses and weights."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +21,14 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 STEPS = 12
 
 
-def configured(output, device="cuda", **training) -> RunConfig:
+def configured(output, device="cuda", packed=False, **training) -> RunConfig:
+    """packed: samples hold several sequences, files of text."""
     training = {"device": device, "steps": STEPS, "accumulation": 2, **training}
     values = run_values(output, **training)
+    if packed:
+        values["model"]["vocab_size"] = 256
+        folder = Path(__file__).parent
+        values["data"] = dict(type="text", paths=[str(folder)], suffixes=[".py"], packed=True)
     values["model"]["mixer"]["mixers"] = {
         "attention": {"type": "attention", "heads": 4, "kv_heads": 2},
         "window": {"type": "attention", "heads": 2, "window_size": 3},
@@ -33,13 +39,14 @@ def configured(output, device="cuda", **training) -> RunConfig:
 
 
 @needs_gpu
+@pytest.mark.parametrize("packed", [False, True], ids=["whole rows", "packed rows"])
 @pytest.mark.parametrize("streams", [False, True], ids=["one stream", "a stream per mixer"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_replays_train_as_host_dispatch_does(tmp_path, dtype, streams):
+def test_replays_train_as_host_dispatch_does(tmp_path, dtype, streams, packed):
     losses, weights = [], []
     graph = dict(dispatch="device", graph=True, streams=streams)
     for name, options in (("graph", graph), ("host", {})):
-        config = configured(tmp_path / name, dtype=dtype, **options)
+        config = configured(tmp_path / name, packed=packed, dtype=dtype, **options)
         train(config)
         records = (config.output / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(record)["loss"] for record in records])

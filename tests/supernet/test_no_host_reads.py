@@ -18,6 +18,7 @@ from tossup.supernet.model import language_model_losses
 from tossup.supernet.train import Trainer
 
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
+every_data = pytest.mark.parametrize("packed", [False, True], ids=["whole rows", "packed rows"])
 
 
 class Launches:
@@ -29,11 +30,14 @@ class Launches:
 
 @pytest.fixture
 def trainer_on(tmp_path) -> Iterator[Callable[..., Trainer]]:
-    """trainer_on(device, planted): a trainer after its first step, which does `planted` with each
-    micro-batch's losses. One at a time."""
+    """trainer_on(device, planted, packed): a trainer after its first step, which does `planted`
+    with each micro-batch's losses, and trains on rows of several sequences or of one. One at a
+    time."""
     patch = pytest.MonkeyPatch()
 
-    def build(device: str, planted: Callable[[Tensor], object] = lambda losses: None) -> Trainer:
+    def build(
+        device: str, planted: Callable[[Tensor], object] = lambda losses: None, packed: bool = False
+    ) -> Trainer:
         def losses_and_counts(*args):
             losses, counts = language_model_losses(*args)
             if first_step_is_over:
@@ -49,7 +53,7 @@ def trainer_on(tmp_path) -> Iterator[Callable[..., Trainer]]:
             patch.setattr("tossup.kernels.routing.kernel.draw_kernel", Launches())
             patch.setattr(torch, "_fused_adamw_", lambda *_, **__: None)
             patch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-        trainer = Trainer(configured(tmp_path / device, device=device, dispatch="device"))
+        trainer = Trainer(configured(tmp_path / device, device, packed, dispatch="device"))
         trainer.train_step()  # makes what outlives a step
         first_step_is_over = True
         return trainer
@@ -58,12 +62,14 @@ def trainer_on(tmp_path) -> Iterator[Callable[..., Trainer]]:
     patch.undo()
 
 
-def test_a_step_runs_where_there_is_nothing_to_read(trainer_on):
-    trainer_on("meta").run_step()
+@every_data
+def test_a_step_runs_where_there_is_nothing_to_read(trainer_on, packed):
+    trainer_on("meta", packed=packed).run_step()
 
 
-def test_a_step_takes_no_op_that_reads_or_copies_from_the_host(trainer_on):
-    trainer = trainer_on(HERE)
+@every_data
+def test_a_step_takes_no_op_that_reads_or_copies_from_the_host(trainer_on, packed):
+    trainer = trainer_on(HERE, packed=packed)
     with RefuseHostReads():
         trainer.run_step()
 
