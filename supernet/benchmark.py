@@ -48,10 +48,14 @@ def parse(words: Sequence[str]) -> tuple[Workload, list[str]]:
     return workload, [direction] if direction else []
 
 
-def describe_ops() -> Iterator[str]:
-    """One line for each op and for each key that it takes, with its default and meaning."""
+def describe_ops(directed: bool) -> Iterator[str]:
+    """One line for each op and for each key that it takes, with its default and meaning.
+
+    directed: whether a direction is a key.
+    """
     for op, kind in OPS.items():
         yield op
         for key, (default, about) in keys(op).items():
             yield f"  {key}: {in_yaml(default)}  ({about})"
-        yield f"  direction: null  ({' | '.join(kind.directions)}; null: one after the other)"
+        if directed:
+            yield f"  direction: null  ({' | '.join(kind.directions)}; null: one after the other)"

@@ -9,7 +9,7 @@ import json
 import os
 import select
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def convert(path: Path | None, overrides: Sequence[str]) -> None:
 
 def evaluate(path: Path | None, overrides: Sequence[str]) -> None:
     """measure a checkpoint, or one placement of a run, on CONFIG's held-out data"""
-    from .conversion import load_checkpoint
+    from .conversion import load_checkpoint, placement_of
     from .data import build_data
     from .devices import device_of
     from .evaluate import evaluate_model
@@ -76,26 +76,29 @@ def evaluate(path: Path | None, overrides: Sequence[str]) -> None:
     options = config.training
     wanted = config.checkpoint
     model = load_checkpoint(wanted or latest_checkpoint(config.output))
-    check_evaluation(config, model.config)
+    placement = placement_of(config.placement, model.config)
+    check_evaluation(config, placement, model.config)
     batches = build_data(config.data, config.seed).evaluation(
         options.evaluation_batches, options.batch_size
     )
-    score = evaluate_model(model.to(device_of(options.device)), batches, config.placement)
+    score = evaluate_model(model.to(device_of(options.device)), batches, placement)
     print(json.dumps({"metrics": score.metrics, "standard_errors": score.standard_errors}))
 
 
-def check_evaluation(config: EvaluationConfig, model: ModelConfig) -> None:
+def check_evaluation(
+    config: EvaluationConfig, placement: tuple[str, ...] | None, model: ModelConfig
+) -> None:
     """Raises ConfigError unless a checkpoint's model can take the placement and the data."""
     if config.data.vocab_size > model.vocab_size:
         raise ConfigError(
             f"data takes a checkpoint of {config.data.vocab_size} tokens or more, "
             f"got one of {model.vocab_size}"
         )
-    if config.placement is None:
+    if placement is None:
         return
-    check_placement(config.placement, list(model.mixers), model.num_layers)
+    check_placement(placement, list(model.mixers), model.num_layers)
     own = model.placement or tuple(model.mixers) * model.num_layers
-    if not model.is_supernet and config.placement != own:
+    if not model.is_supernet and placement != own:
         raise ConfigError(
             "placement takes a supernet's checkpoint; this one holds a model of one placement"
         )
@@ -215,59 +218,73 @@ def is_read() -> bool:
     return not any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def add_configured(commands: Any, name: str, command: Command, module: str, config: str) -> None:
-    """A command that takes CONFIG and overrides, and whose help lists every key."""
-    sub = commands.add_parser(
-        name, help=command.__doc__, description=command.__doc__, add_help=False
-    )
-    sub.add_argument("words", nargs="*", metavar="CONFIG key=value", help="file and overrides")
-    sub.add_argument("-h", "--help", action="store_true", help="show this, and every key")
+def add_command(commands: Any, name: str, about: str | None) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=about, description=about, add_help=False)
+
+
+def runs(
+    sub: argparse.ArgumentParser,
+    command: Callable[[argparse.Namespace], None],
+    shows: str,
+    lines: Callable[[], Iterable[str]],
+) -> None:
+    """What a command's words and options do; its help ends in lines that take imports to know."""
+    sub.add_argument("-h", "--help", action="store_true", help=f"show this, and {shows}")
 
     def run(options: argparse.Namespace) -> None:
         if not options.help:
-            command(*split(options.words))
+            command(options)
             return
         sub.print_help()
-        keys = getattr(importlib.import_module(f".{module}", __package__), config)
-        print("\nkeys:", *describe(keys), sep="\n  ")
+        print(f"\n{shows}:", *lines(), sep="\n  ")
 
     sub.set_defaults(run=run)
+
+
+def add_configured(commands: Any, name: str, command: Command, module: str, config: str) -> None:
+    """A command that takes CONFIG and overrides."""
+    sub = add_command(commands, name, command.__doc__)
+    sub.add_argument("words", nargs="*", metavar="CONFIG key=value", help="file and overrides")
+
+    def keys() -> Iterable[str]:
+        return describe(getattr(importlib.import_module(f".{module}", __package__), config))
+
+    runs(sub, lambda o: command(*split(o.words)), "keys", keys)
 
 
 def add_bench(commands: Any) -> None:
-    sub = commands.add_parser(
-        "bench", help=bench.__doc__, description=bench.__doc__, add_help=False
-    )
+    sub = add_command(commands, "bench", bench.__doc__)
     sub.add_argument("words", nargs="*", metavar="OP key=value", help="an op, and its keys")
     sub.add_argument("--device", default="cpu", help="cpu, the default, or cuda")
     sub.add_argument("--json", action="store_true", help="print JSON, with every round's seconds")
-    sub.add_argument("-h", "--help", action="store_true", help="show this, the ops and their keys")
 
-    def run(options: argparse.Namespace) -> None:
-        if not options.help:
-            bench(options.words, options.device, options.json)
-            return
+    def ops() -> Iterable[str]:
         from .benchmark import describe_ops
 
-        sub.print_help()
-        print("\nops and their keys:", *describe_ops(), sep="\n  ")
+        return describe_ops(directed=True)
 
-    sub.set_defaults(run=run)
+    runs(sub, lambda o: bench(o.words, o.device, o.json), "ops and their keys", ops)
 
 
 def add_inspect(commands: Any) -> None:
-    sub = commands.add_parser("inspect", help=inspect.__doc__, description=inspect.__doc__)
+    sub = add_command(commands, "inspect", inspect.__doc__)
     sub.add_argument("--arch", nargs="+", default=["sm_90"], help="GPUs; sm_90 by default")
     sub.add_argument("--op", nargs="+", default=[], help="folders of kernels/; all by default")
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument(
         "--gpu", help="whose tuned configurations, by a file's name in kernels/configs/"
     )
-    sub.set_defaults(run=lambda o: inspect(o.arch, o.op, o.json, o.gpu))
+
+    def known() -> Iterable[str]:
+        from ..autotune.inspection import ARCHS, OPS
+
+        return [f"--arch {' '.join(f'sm_{arch}' for arch in ARCHS)}", f"--op {' '.join(OPS)}"]
+
+    runs(sub, lambda o: inspect(o.arch, o.op, o.json, o.gpu), "what there is", known)
 
 
 def add_tune(commands: Any) -> None:
-    sub = commands.add_parser("tune", help=tune.__doc__, description=tune.__doc__)
+    sub = add_command(commands, "tune", tune.__doc__)
     sub.add_argument("words", nargs="*", metavar="OP key=value", help="as `bench`; all by default")
     sub.add_argument(
         "--arch", action="append", default=[], metavar="sm_90",
@@ -275,7 +292,13 @@ def add_tune(commands: Any) -> None:
     )  # fmt: skip
     sub.add_argument("--again", action="store_true", help="measure what is known as well")
     sub.add_argument("--output", type=Path, help="the file; the GPU's own by default")
-    sub.set_defaults(run=lambda o: tune(o.words, o.arch, o.again, o.output))
+
+    def ops() -> Iterable[str]:
+        from .benchmark import describe_ops
+
+        return describe_ops(directed=False)
+
+    runs(sub, lambda o: tune(o.words, o.arch, o.again, o.output), "ops and their keys", ops)
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -29,6 +30,19 @@ from .search.config import SearchConfig, check_samples
 
 # Fast-LLM's default: what sets the mixers' random numbers apart from all others of a seed.
 SEED_SHIFT = 501974169931277706872159392843
+
+
+def names_or_path(placement: Any) -> Any:
+    """Before the members of the union are tried, whose own words say less."""
+    names = isinstance(placement, list | tuple) and all(isinstance(x, str) for x in placement)
+    if placement is None or names or isinstance(placement, str | Path):
+        return placement
+    raise ValueError(
+        f"takes a list of mixer names or the path of a search result, got {placement!r}"
+    )
+
+
+NamesOrResult = Annotated[tuple[str, ...] | Path | None, BeforeValidator(names_or_path)]
 
 
 class AttentionConfig(Strict):
@@ -406,7 +420,9 @@ class EvaluationConfig(RunConfig):
     checkpoint: Path | None = Field(
         None, description="of any format, or a run; none is this run's newest"
     )
-    placement: tuple[str, ...] | None = Field(None, description="none is the main mixers")
+    placement: NamesOrResult = Field(
+        None, description="a mixer name per layer, or a search result; none is the main mixers"
+    )
 
     @model_validator(mode="after")
     def errors_are_defined(self) -> "EvaluationConfig":
@@ -432,7 +448,9 @@ class LatencyConfig(RunConfig):
         (), description="tables measured on that GPU, which calibrate the roofline"
     )
     table: Path | None = Field(
-        None, description="the file; defaults to latency.json, or roofline.json, in output"
+        None,
+        description="the file; defaults to latency.json, or roofline.json, in output, "
+        "with -decode or -forward+backward before the dot",
     )
 
     @model_validator(mode="after")

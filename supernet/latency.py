@@ -30,8 +30,9 @@ PROMPT = 1024  # tokens that go into a cache at a time
 def write_latencies(config: LatencyConfig) -> tuple[Path, LatencyTable]:
     """Raises ConfigError where a GPU's peaks are not known, or tables do not go together."""
     table = measured(config) if config.gpu is None else roofline(config, config.gpu)
-    name = "latency.json" if config.gpu is None else "roofline.json"
-    path = config.table or config.output / name
+    name = "latency" if config.gpu is None else "roofline"
+    of = "" if config.direction == "forward" else f"-{config.direction}"
+    path = config.table or config.output / f"{name}{of}.json"
     write_atomically(path, table.text())
     return path, table
 

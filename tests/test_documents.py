@@ -24,13 +24,18 @@ def test_the_snippets_of_the_readme_run():
     B, C = torch.randn(2, 2, 5, 1, state)
     names = {"u": u, "delta": delta, "z": z, "B": B, "C": C}
     names |= {"A": -torch.rand(dim, state), "D": torch.ones(dim)}
+    names |= {"x": torch.randn(4, 5, 3), "weight": torch.randn(2, 3)}
     names["batches"] = [torch.randint(100, (4, 9)) for _ in range(3)]
     snippets = re.findall(
         r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
     )
-    assert len(snippets) == 5
+    assert len(snippets) == 6
     for snippet in snippets:
         exec(snippet, names)
+        if "table.route" in snippet:
+            taken = names["table"].table[3] == 1
+            expected = (names["x"] @ names["weight"].mT)[taken]
+            torch.testing.assert_close(names["y"][taken], expected)
     counts = names["router"].counts
     assert counts.sum() == 2 * 3 * 4
     tokens = names["batches"][0]

@@ -13,12 +13,13 @@ formats' config.json are not kept: a model of ours knows none.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from ...autotune.schema import Strict
 from ..checkpoint import FORMAT, read_checkpoint, read_json, save_model
+from ..config import NamesOrResult
 from ..errors import ConfigError
 from ..files import directory_atomically, recover_directory
 from ..model import SupernetModel
@@ -27,10 +28,18 @@ from ..stochastic import Dispatch
 from .apriel_hybrid import APRIEL_HYBRID
 from .huggingface import read_model, write_model
 from .mistral import MISTRAL
-from .placement import place, placement_of_result
+from .placement import place, placement_of
 from .pretrained import load_pretrained
 
-__all__ = ["ConvertConfig", "convert", "load_checkpoint", "load_into", "place", "save_checkpoint"]
+__all__ = [
+    "ConvertConfig",
+    "convert",
+    "load_checkpoint",
+    "load_into",
+    "place",
+    "placement_of",
+    "save_checkpoint",
+]
 
 FormatName = Literal["tossup", "apriel_hybrid_ssm", "mistral"]
 CHECKPOINT = {"config.json", "model.safetensors"}
@@ -43,27 +52,15 @@ class ConvertConfig(Strict):
     input: Path = Field(description="a checkpoint of any format, or a run, for its newest one")
     output: Path = Field(description="the folder to write; a checkpoint there is replaced")
     format: FormatName = "tossup"
-    placement: tuple[str, ...] | Path | None = Field(
+    placement: NamesOrResult = Field(
         None, description="a mixer name per layer, or a search result; none keeps what input has"
     )
-
-    @field_validator("placement", mode="before")
-    @classmethod
-    def placement_is_names_or_path(cls, placement: Any) -> Any:
-        names = isinstance(placement, list | tuple) and all(isinstance(x, str) for x in placement)
-        if placement is None or names or isinstance(placement, str | Path):
-            return placement
-        raise ValueError(
-            f"takes a list of mixer names or the path of a search result, got {placement!r}"
-        )
 
 
 def convert(config: ConvertConfig) -> Path:
     """Read a checkpoint, fix its placement if one is given, write it, and return where it is."""
     model = load_checkpoint(config.input)
-    placement = config.placement
-    if isinstance(placement, Path):
-        placement = placement_of_result(placement, model.config)
+    placement = placement_of(config.placement, model.config)
     save_checkpoint(model, config.output, config.format, placement)
     return config.output
 

@@ -31,6 +31,13 @@ def place(model: SupernetModel, placement: Sequence[str]) -> SupernetModel:
     return model_of(config, tensors)
 
 
+def placement_of(
+    given: tuple[str, ...] | Path | None, config: ModelConfig
+) -> tuple[str, ...] | None:
+    """The placement that was given by names or in a search result."""
+    return placement_of_result(given, config) if isinstance(given, Path) else given
+
+
 def placement_of_result(path: Path, config: ModelConfig) -> tuple[str, ...]:
     """The placement that a search result file found for a model of this configuration.
 

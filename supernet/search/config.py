@@ -69,11 +69,10 @@ class SearchConfig(Strict):
 
     @model_validator(mode="after")
     def latencies_are_known(self) -> "SearchConfig":
-        if (self.cost == "latency") is not (self.latency_table is not None):
-            raise ValueError(
-                "latency_table goes with cost latency and with no other, "
-                f"got {self.latency_table} with {self.cost}"
-            )
+        if self.cost == "latency" and self.latency_table is None:
+            raise ValueError("cost latency takes a latency_table, which tossup latency writes")
+        if self.cost != "latency" and self.latency_table is not None:
+            raise ValueError(f"latency_table goes with cost latency, got cost {self.cost}")
         return self
 
     @model_validator(mode="after")

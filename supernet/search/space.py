@@ -36,6 +36,9 @@ class SearchSpace:
         """
         if len(set(mixers)) != len(mixers):
             raise ConfigError(f"mixers must have different names, got {list(mixers)}")
+        for mixer in budgets if isinstance(budgets, Mapping) else ():
+            if mixer not in mixers:
+                raise ConfigError(f"budgets names {mixer!r}; the mixers are {list(mixers)}")
         if not 0 < len(budgets) < len(mixers):
             raise ConfigError(
                 f"budgets has {len(budgets)} entries; {len(mixers)} mixers take 1 to "
@@ -44,8 +47,6 @@ class SearchSpace:
         if not isinstance(budgets, Mapping):
             budgets = dict(zip(mixers, budgets, strict=False))
         for mixer, count in budgets.items():
-            if mixer not in mixers:
-                raise ConfigError(f"budgets names {mixer!r}; the mixers are {list(mixers)}")
             if count <= 0:
                 raise ConfigError(f"budgets gives {mixer!r} {count} layers; it must be at least 1")
         if sum(budgets.values()) > layers:

@@ -202,7 +202,15 @@ def test_eval_measures_what_it_is_told_to(trained, capsys):
     model = load_checkpoint(latest_checkpoint(run.output))
     batches = build_data(run.data, run.seed).evaluation(8, 4)
     placement = ("mamba", "attention", "mamba", "mamba")
-    for extra, expected in (([], None), (["placement=" + json.dumps(placement)], placement)):
+    assert main(["search", str(trained)]) == 0
+    result = run.search.output_path
+    found = json.loads(result.read_text())["final_configuration"]["placement"]
+    capsys.readouterr()
+    for extra, expected in (
+        ([], None),
+        (["placement=" + json.dumps(placement)], placement),
+        ([f"placement={result}"], found),
+    ):
         assert main(["eval", str(trained), *extra]) == 0
         printed = json.loads(capsys.readouterr().out)
         assert printed["metrics"] == dict(evaluate_model(model, batches, expected).metrics)
@@ -439,8 +447,14 @@ def test_bench_races_a_shape_of_ones_own(capsys):
     assert main([*words, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert [race["direction"] for race in record["races"]] == ["forward", "dgrad", "wgrad"]
-    assert main(["bench", "--help"]) == 0
-    assert "kv_heads: 8  (heads of keys and values; divides heads)" in capsys.readouterr().out
+    for command in ("bench", "tune"):
+        assert main([command, "--help"]) == 0
+        told = capsys.readouterr().out
+        assert "kv_heads: 8  (heads of keys and values; divides heads)" in told
+        assert ("  direction: null  (forward" in told) is (command == "bench")
+    assert main(["inspect", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert "--arch sm_80 " in told and "--op accumulate causal_conv1d " in told
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,8 @@ def test_tables_of_other_shapes_calibrate_a_roofline(tmp_path):
         paths.append(written(tmp_path / f"{len(paths)}.json", table_of(took, **shape)))
     path, table = write_latencies(config_of(tmp_path, gpu=H200, measured=paths))
     assert path == tmp_path / "roofline.json" and read_table(path) == table
+    decoded, _ = write_latencies(config_of(tmp_path, gpu=H200, direction="decode"))
+    assert decoded == tmp_path / "roofline-decode.json"
     for name, floor in floors.mixers.items():
         assert table.mixers[name].milliseconds == pytest.approx(2 * floor.milliseconds)
         assert table.mixers[name].error == pytest.approx(0, abs=1e-9)
@@ -255,7 +257,7 @@ def test_a_search_weighs_quality_against_latency(tmp_path, capsys):
     assert found["beam"][0]["score"] == by_flops["beam"][0]["score"]
 
     assert main(by_latency[:-1]) == 2
-    assert "latency_table goes with cost latency" in capsys.readouterr().err
+    assert "cost latency takes a latency_table" in capsys.readouterr().err
     written(tmp_path / "table.json", table_of({"attention": 5.0}))
     assert main(by_latency) == 2
     assert "mamba, and lacks it" in capsys.readouterr().err

@@ -27,6 +27,8 @@ from tossup.supernet.search.journal import Journal
     [
         ([], "has 0 entries; 3 mixers take 1 to 2"),
         ([1, 1, 1], "has 3 entries; 3 mixers take 1 to 2"),
+        ({"a": 1, "b": 1, "c": 1}, "has 3 entries; 3 mixers take 1 to 2"),
+        ({"a": 1, "b": 1, "foo": 1}, "budgets names 'foo'"),
         ([0], "gives 'a' 0 layers; it must be at least 1"),
         ([1, -2], "gives 'b' -2 layers; it must be at least 1"),
         ([2, 3], r"asks for 2 \+ 3 = 5 layers; the model has 4"),
