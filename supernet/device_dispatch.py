@@ -19,7 +19,6 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import get_gradient_edge
 
 from ..kernels.accumulate import accumulate_into
 from ..kernels.backend import Backend, resolve_impl
@@ -27,6 +26,7 @@ from ..kernels.linear import linear_into, weight_gradient_into
 from ..kernels.routing import Route
 from .mixers.mamba import StepProjection
 from .mixers.packing import Packing
+from .ownership import refuse_exchanged
 
 ALIGNMENT = 128  # bytes: a cache line, and more than any vector load or copy engine asks for
 
@@ -196,27 +196,6 @@ def carve(slots: Tensor, layout: Layout) -> dict[str, Tensor]:
         tensors[name] = slots[:, start : start + size].view(dtype).unflatten(1, shape)
         start += aligned(size)
     return tensors
-
-
-def refuse_exchanged(mixers: Sequence[Any], saved: Sequence[Tensor]) -> None:
-    """Raise RuntimeError unless the mixers' parameters are those that autograd has saved. Gradient
-    checkpointing hands out others in their place, whose gradients would still go to them."""
-    known = {id(parameter) for parameter in saved}
-    others = [own for mixer in mixers for own in mixer.parameters() if id(own) not in known]
-    if not others:
-        return
-    heirs = {id(heir_of(parameter)) for parameter in saved if parameter.requires_grad}
-    frozen = {parameter.data_ptr() for parameter in saved if not parameter.requires_grad}
-    if any(id(p) not in heirs if p.requires_grad else p.data_ptr() not in frozen for p in others):
-        raise RuntimeError(
-            "a mixer's parameter was exchanged between its forward and its backward pass, as "
-            "torch.func.functional_call does: dispatch='device' takes none"
-        )
-
-
-def heir_of(leaf: Tensor) -> Tensor | None:
-    """The tensor that autograd adds a leaf's gradients to."""
-    return getattr(get_gradient_edge(leaf).node, "variable", None)
 
 
 class DeviceDispatch(torch.autograd.Function):

@@ -17,6 +17,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from ..kernels.transfer import send
+from .ownership import refuse_shared_beyond
 from .stochastic import Router, StochasticMixer
 
 Group = dict[str, Any]
@@ -199,7 +200,12 @@ def parameter_groups(model: nn.Module, weight_decay: float | None = None) -> lis
     shares a parameter with another module: its backward pass would overwrite the other's part of
     the gradient.
     """
-    check_written_once(model)
+    routed = [
+        (path, module)
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, StochasticMixer) and module.dispatch == "device"
+    ]
+    refuse_shared_beyond(routed, model)
     gates: dict[Tensor, tuple[int, int] | None] = {}
     places: dict[int, str] = {}
     for path, module in model.named_modules():
@@ -224,28 +230,6 @@ def parameter_groups(model: nn.Module, weight_decay: float | None = None) -> lis
         {"params": parameters, "gate": gate} | (decay if decays else {"weight_decay": 0.0})
         for (gate, decays), parameters in groups.items()
     ]
-
-
-def check_written_once(model: nn.Module) -> None:
-    owners: dict[Tensor, StochasticMixer] = {}
-    places: list[str] = []
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, StochasticMixer) and module.dispatch == "device":
-            places.append(f"{path}." if path else "")
-            for parameter in module.mixers.parameters():
-                if owners.setdefault(parameter, module) is not module and parameter.requires_grad:
-                    raise shared_parameter(owners[parameter].layer, path)
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        inside = any(path.startswith(place) for place in places)
-        if parameter in owners and parameter.requires_grad and not inside:
-            raise shared_parameter(owners[parameter].layer, path)
-
-
-def shared_parameter(layer: int, path: str) -> ValueError:
-    return ValueError(
-        "dispatch='device' takes mixers that share no parameter that trains, but one of layer "
-        f"{layer} is also in {path}"
-    )
 
 
 def clip_grad_norm_(

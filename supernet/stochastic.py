@@ -22,6 +22,7 @@ from .config import check_mixer_name
 from .device_dispatch import DeviceDispatch, RoutedMixer, check_routed
 from .metrics import Mean, accumulate
 from .mixers.packing import Packing, packing_of
+from .ownership import refuse_shared_within
 
 Dispatch = Literal["device", "host", "dense"]
 
@@ -320,17 +321,9 @@ class StochasticMixer(nn.Module):
         made_of = [part for mixer in self.mixers.values() for part in parts_of(mixer)]
         if [*map(id, made_of)] == [*map(id, self._checked)]:
             return
-        owners: dict[Tensor, str] = {}
         for name, mixer in self.mixers.items():
             check_routed(name, mixer)
-            for path, parameter in mixer.named_parameters(name, remove_duplicate=False):
-                if not parameter.requires_grad:
-                    continue
-                if owners.setdefault(parameter, path) != path:
-                    raise ValueError(
-                        "dispatch='device' writes each parameter's gradient once, but "
-                        f"{owners[parameter]} and {path} are the same"
-                    )
+        refuse_shared_within(dict(self.mixers.items()))
         self._checked = made_of
 
     def _check_name(self, key: str, name: str) -> None:
