@@ -100,6 +100,7 @@ ON_GPU: tuple[Workload, ...] = (
     Attention(batch=4, seqlen=4096, heads=32, kv_heads=32, head_dim=64),
     Attention(batch=2, seqlen=8192, heads=16, kv_heads=16, window=1023),
     Attention(batch=16, seqlen=8192, queries=1),
+    Attention(batch=4, seqlen=8192, heads=16, kv_heads=16, sequences=8),
     Attention(batch=4, seqlen=4096, heads=16, kv_heads=16, active=2),
     Attention(batch=4, seqlen=4096, heads=16, kv_heads=16, active=0),
     SelectiveScan(batch=8, seqlen=4096, dim=4096),

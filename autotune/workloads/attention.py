@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from ...kernels.flash_attention import flash_attention
+from ...kernels.flash_attention import bounds_of, flash_attention
 from ...kernels.flash_attention.reference import attend
 from ...kernels.routing import Route
 from ..peaks import Floor
@@ -44,6 +44,7 @@ class Attention(SequenceWorkload):
     causal: bool = option(True, "a query sees no later key")
     window: int | None = option(None, "keys before its own that a query sees; null: all")
     queries: int | None = option(None, "tokens that ask, the last ones; null: all", least=1)
+    sequences: int = option(1, "in each sample, alike; divides seqlen", least=1, divides="seqlen")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +52,13 @@ class Attention(SequenceWorkload):
             raise ValueError("window takes causal=true")
         if self.queries is not None and self.queries > self.seqlen:
             raise ValueError(f"queries takes at most seqlen = {self.seqlen}, got {self.queries}")
+        if self.queries is not None and self.sequences > 1:
+            raise ValueError("queries takes sequences=1")
+
+    @property
+    def length(self) -> int:
+        """Of a sequence."""
+        return self.seqlen // self.sequences
 
     @property
     def asking(self) -> int:
@@ -72,14 +80,14 @@ class Attention(SequenceWorkload):
     @property
     def pairs(self) -> int:
         """Queries and keys that see each other, over all heads and samples with work."""
-        n = self.seqlen
+        n, asking = self.length, self.asking // self.sequences
         if not self.causal:
-            seen = self.asking * n
+            seen = asking * n
         else:
             full = n if self.window is None else min(n, self.window + 1)  # the most that one sees
-            first = min(n - self.asking + 1, full)  # what the first query sees; the next, one more
-            seen = (full - first) * (full + first - 1) // 2 + (self.asking - full + first) * full
-        return seen * self.heads * self.samples
+            first = min(n - asking + 1, full)  # what the first query sees; the next, one more
+            seen = (full - first) * (full + first - 1) // 2 + (asking - full + first) * full
+        return seen * self.heads * self.samples * self.sequences
 
     def inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
         of_q = self.batch, self.asking, self.heads, self.head_dim
@@ -88,9 +96,14 @@ class Attention(SequenceWorkload):
         return {n: normal(generator, *s, dtype=self.torch_dtype) for n, s in shapes.items()}
 
     def ours(self, inputs: dict[str, Tensor], route: Route | None) -> Calls:
+        bounds = None
+        if self.sequences > 1:
+            numbers = torch.arange(self.seqlen, device=inputs["q"].device) // self.length
+            bounds = bounds_of(numbers.expand(self.batch, -1))
         forward = partial(
-            flash_attention, causal=self.causal, window_size=(self.sides[0], -1), route=route
-        )
+            flash_attention, causal=self.causal, window_size=(self.sides[0], -1), bounds=bounds,
+            route=route,
+        )  # fmt: skip
         return differentiable(forward, inputs)
 
     def peers(self, inputs: dict[str, Tensor]) -> dict[str, Callable[[], Calls]]:
@@ -100,11 +113,14 @@ class Attention(SequenceWorkload):
             "SDPA cuDNN": partial(self.sdpa, inputs, SDPBackend.CUDNN_ATTENTION),
             "SDPA flash": partial(self.sdpa, inputs, SDPBackend.FLASH_ATTENTION),
             "FlexAttention": partial(self.flex, inputs),
+            "torch varlen": partial(self.varlen, inputs),
         }
 
     def sdpa(self, inputs: dict[str, Tensor], backend: SDPBackend | None) -> Calls:
         if self.window is not None:
             raise MissingPeer("has no sliding window")
+        if self.sequences > 1:
+            raise MissingPeer("takes one sequence in a sample")
         grouped, causal = self.heads != self.kv_heads, self.causal and self.asking > 1
         mask = None
         if causal and self.asking < self.seqlen:  # is_causal would align the first queries
@@ -118,6 +134,27 @@ class Attention(SequenceWorkload):
 
         return differentiable(forward, inputs, TORCH_AXES)
 
+    def varlen(self, inputs: dict[str, Tensor]) -> Calls:
+        """torch's flash attention of packed sequences, which it is told where to find."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        if self.sequences == 1:
+            raise MissingPeer("is for packed sequences")
+        if self.heads != self.kv_heads:
+            raise MissingPeer("takes as many heads of keys as of queries")
+        total, device = self.samples * self.seqlen, inputs["q"].device
+        places = torch.arange(0, total + 1, self.length, dtype=torch.int32, device=device)
+
+        def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = varlen_attn(
+                q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), places, places, self.length,
+                self.length, window_size=self.sides,
+            )  # fmt: skip
+            assert isinstance(out, Tensor)
+            return out.view_as(q)
+
+        return differentiable(forward, inputs)
+
     def flex(self, inputs: dict[str, Tensor]) -> Calls:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -125,11 +162,12 @@ class Attention(SequenceWorkload):
 
         def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             query = query + before
-            seen = query >= key
+            seen = query // self.length == key // self.length
+            seen = seen & (query >= key) if self.causal else seen
             return seen & (query - key <= left) if left >= 0 else seen
 
         mask = None
-        if self.causal:
+        if self.causal or self.sequences > 1:
             device = inputs["q"].device
             mask = create_block_mask(sees, None, None, self.asking, self.seqlen, device=device)
         attend_flexibly = compiled(flex_attention)
@@ -154,9 +192,7 @@ class Attention(SequenceWorkload):
         )
         dout, outs = cast(inputs["dout"][of_q]), []
         sums = [torch.zeros_like(x, dtype=torch.float64) for x in (q, k, v)]
-        for start in range(0, self.asking, BLOCK):
-            stop = min(start + BLOCK, self.asking)
-            seen = slice(0, self.seqlen - self.asking + stop if self.causal else None)
+        for start, stop, seen in self.blocks():
             out, _ = attend(
                 q[:, start:stop], k[:, seen], v[:, seen], *self.sides, self.head_dim**-0.5,
                 0.0, None, 0.0, None, None, torch.zeros(1, dtype=torch.int64, device=q.device),
@@ -169,6 +205,15 @@ class Attention(SequenceWorkload):
         yield "out", of_q, torch.cat(outs, 1)
         for name, index, total in zip(("dq", "dk", "dv"), (of_q, of_k, of_k), sums, strict=True):
             yield name, index, total.to(q.dtype)
+
+    def blocks(self) -> Iterator[tuple[int, int, slice]]:
+        """From which query to which, and the keys of their sequence, if causal up to the last."""
+        asking = self.asking // self.sequences
+        for first in range(0, self.asking, asking):
+            for start in range(first, first + asking, BLOCK):
+                stop = min(start + BLOCK, first + asking)
+                behind = self.length - asking + stop if self.causal else first + self.length
+                yield start, stop, slice(first, behind)
 
     def floor(self, direction: str) -> Floor:
         queries = self.samples * self.asking * self.heads

@@ -37,9 +37,10 @@ def size(
     return field(default=default, metadata={"about": about, **bounds})
 
 
-def option(default: Any, about: str, least: int = 0) -> Any:
+def option(default: Any, about: str, least: int = 0, divides: str | None = None) -> Any:
     """A key that a name holds where it differs from the default."""
-    return field(default=default, metadata={"about": about, "least": least, "option": True})
+    bounds = {"least": least, "divides": divides}
+    return field(default=default, metadata={"about": about, **bounds, "option": True})
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The registry: what its workloads compute, what they are compared with, and their floors."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from tossup.autotune.workloads import (
     selective_scan,
     shipped,
 )
+from tossup.kernels.flash_attention import flash_attention
 
 SMALL = {
     "attention": {"seqlen": 37, "heads": 4, "kv_heads": 2, "head_dim": 16},
@@ -86,6 +89,9 @@ def test_every_result_is_compared_and_a_wrong_one_is_named(op):
         ("attention", {"queries": 20}),
         ("attention", {"queries": 20, "causal": False}),
         ("attention", {"queries": 20, "window": 9}),
+        ("attention", {"sequences": 4, "seqlen": 36}),
+        ("attention", {"sequences": 4, "seqlen": 36, "causal": False, "active": 2}),
+        ("attention", {"sequences": 4, "seqlen": 36, "window": 3}),
         ("attention", {"dtype": "bf16"}),
         ("rotary", {"interleaved": True}),
         ("rotary", {"dtype": "bf16"}),
@@ -111,7 +117,18 @@ def test_both_oracles_of_the_scan_agree():
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("values", [{}, {"window": 9}, {"queries": 9}, {"causal": False}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"window": 9},
+        {"queries": 9},
+        {"causal": False},
+        {"sequences": 3, "seqlen": 36},
+        {"sequences": 3, "seqlen": 36, "causal": False},
+        {"sequences": 2, "seqlen": 36, "window": 4},
+    ],
+)
 def test_flex_attention_gets_the_mask_that_ours_has(values, monkeypatch):
     """The peer of a GPU, without the compilation that makes it fast, and without gradients, which
     it refuses on a CPU."""
@@ -141,6 +158,8 @@ def test_blocks_of_the_references_agree_with_the_whole(monkeypatch):
         ("attention", {}),
         ("attention", {"causal": False}),
         ("attention", {"queries": 23}),
+        ("attention", {"sequences": 2, "seqlen": 36}),
+        ("attention", {"sequences": 2, "seqlen": 36, "causal": False}),
         ("selective_scan", {}),
     ):
         prepared = small(op, **values).prepare("cpu")
@@ -158,9 +177,35 @@ def test_without_a_sample_ours_runs_and_no_peer_has_anything_to_do(op):
 
 
 def test_a_peer_that_cannot_run_says_why():
-    peers = small("attention", window=5).prepare("cpu").peers
-    with pytest.raises(MissingPeer, match="no sliding window"):
-        peers["SDPA"]()
+    for values, why in (
+        ({"window": 5}, "no sliding window"),
+        ({"sequences": 3, "seqlen": 36}, "takes one sequence"),
+    ):
+        peers = small("attention", **values).prepare("cpu").peers
+        with pytest.raises(MissingPeer, match=why):
+            peers["SDPA"]()
+
+
+def test_varlen_gets_the_sequences_that_ours_has(monkeypatch):
+    """The peer of a GPU, of which a loop over its sequences takes the place."""
+
+    def in_turns(q, k, v, of_q, of_k, longest_q, longest_k, *, window_size):
+        assert torch.equal(of_q, of_k) and (longest_q, longest_k) == (9, 9)
+        parts = [slice(*ends) for ends in itertools.pairwise(of_q.tolist())]
+        outs = [
+            flash_attention(*(x[None, at] for x in (q, k, v)), window_size=window_size)[0]
+            for at in parts
+        ]
+        return torch.cat(outs)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", in_turns)
+    for values in ({}, {"causal": False}, {"window": 4}):
+        workload = small("attention", sequences=4, seqlen=36, kv_heads=4, **values)
+        calls = workload.varlen(workload.inputs(torch.Generator().manual_seed(0)))
+        assert workload.prepare("cpu").wrong(calls["forward+backward"]()) is None
+    for values, why in (({}, "packed sequences"), ({"sequences": 37}, "as many heads")):
+        with pytest.raises(MissingPeer, match=why):
+            small("attention", **values).varlen({})
 
 
 def test_floors_are_those_of_the_kernels_docstrings():
@@ -195,6 +240,10 @@ def test_pairs_are_those_that_the_mask_leaves():
     ):
         workload = small("attention", **values)
         assert workload.pairs == mask.sum() * 4 * 3
+        if "queries" not in values:
+            together = query[:36] // 12 == key[:36] // 12
+            parted = small("attention", sequences=3, seqlen=36, **values)
+            assert parted.pairs == (mask[:36, :36].bool() & together).sum() * 4 * 3
         assert workload.flops("forward+backward") == 7 * 2 * 16 * workload.pairs
 
 
@@ -239,6 +288,8 @@ def test_a_name_is_what_one_types_and_names_are_distinct():
         ("attention", {"kv_heads": 3}, "kv_heads takes a divisor of heads = 32, got 3"),
         ("attention", {"causal": False, "window": 2}, "window takes causal=true"),
         ("attention", {"seqlen": 4, "queries": 5}, "queries takes at most seqlen = 4, got 5"),
+        ("attention", {"sequences": 3}, "sequences takes a divisor of seqlen = 4096, got 3"),
+        ("attention", {"sequences": 2, "queries": 1}, "queries takes sequences=1"),
         ("selective_scan", {"groups": 3}, "groups takes a divisor of dim = 4096, got 3"),
         ("causal_conv1d", {"width": 5}, "width takes 2 to 4, got 5"),
         ("rotary", {"head_dim": 7}, "head_dim takes an even number, got 7"),
