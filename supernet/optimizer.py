@@ -193,8 +193,8 @@ def parameter_groups(model: nn.Module, weight_decay: float | None = None) -> lis
     model: any module; the mixers of the StochasticMixers inside it get the gates (layer, mixer),
         the mixer by its place among the layer's. What several of them share, and everything else,
         is shared.
-    weight_decay: of matrices; None is the optimizer's. Norms, biases, convolutions, `A_log` and `D`
-        do not decay.
+    weight_decay: of matrices; None is the optimizer's. Norms, biases, convolutions, `A_log`, `D`
+        and what is marked `_no_weight_decay`, as mamba_ssm and others do, do not decay.
 
     Raises ValueError where two layers have one number, and where a mixer under device dispatch
     shares a parameter with another module: its backward pass would overwrite the other's part of
@@ -223,7 +223,8 @@ def parameter_groups(model: nn.Module, weight_decay: float | None = None) -> lis
     groups: dict[tuple[Any, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim == 2 and name.rpartition(".")[2] != "A_log"
+            spared = name.endswith("A_log") or getattr(parameter, "_no_weight_decay", False)
+            decays = parameter.ndim == 2 and not spared
             groups.setdefault((gates.get(parameter), decays), []).append(parameter)
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     return [

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from ..device_dispatch import Layout, Run
 
 
+# What mamba_ssm tells optimizers and initialisers that are not its own
+MARKS = {"A_log": "_no_weight_decay", "D": "_no_weight_decay", "dt_proj.bias": "_no_reinit"}
+
+
 class StepSizes(NamedTuple):
     """How step sizes begin. init: of the weights, "random" or "constant"; scale: a factor on them.
 
@@ -459,6 +463,9 @@ def depthwise_conv(channels: int, taps: int, bias: bool, **where: Any) -> nn.Con
 @torch.no_grad()
 def init_states(mixer: Mamba | GroupedMamba) -> None:
     """A of -1 … -d_state in every channel (Gu et al. 2022, S4D-Real), and D of ones."""
+    for name, parameter in mixer.named_parameters():
+        if name in MARKS:
+            setattr(parameter, MARKS[name], True)
     mixer.A_log.copy_(torch.ones_like(mixer.A_log).cumsum(-1).log())  # sharded or not
     mixer.D.fill_(1)
 

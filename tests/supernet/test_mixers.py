@@ -36,6 +36,8 @@ def test_mamba_is_mamba_ssms(options):
     theirs = UpstreamMamba(24, **options, use_fast_path=False)
     ours = Mamba(24, **options, use_fast_path=False, layer_idx=0)
     ours.load_state_dict(theirs.state_dict())
+    for name, parameter in theirs.named_parameters():  # what it tells optimizers and initialisers
+        assert vars(ours.get_parameter(name)) == vars(parameter)
     x = torch.randn(3, 17, 24)
     out = ours(x)
     expected = theirs(x)

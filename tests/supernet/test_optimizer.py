@@ -449,6 +449,7 @@ def test_groups_put_each_mixers_parameters_behind_its_gate():
         mixers = {"mamba": Mamba(8), "linear": torch.nn.Sequential(torch.nn.Linear(8, 8), shared)}
         model.append(StochasticMixer(mixers, layer=layer))
     model.append(torch.nn.Linear(8, 5))
+    model[0].weight._no_weight_decay = True
     model[2].mixers["linear"][0].bias.requires_grad_(False)
 
     groups = parameter_groups(model, weight_decay=0.3)
@@ -459,7 +460,7 @@ def test_groups_put_each_mixers_parameters_behind_its_gate():
         gate = None
         if ".mixers." in name and parameter is not shared.weight and parameter is not shared.bias:
             gate = (int(place) - 2, 0 if ".mamba." in name else 1)
-        undecayed = name.endswith(("bias", "A_log", ".D", "conv1d.weight")) or name == "1.weight"
+        undecayed = name.endswith(("bias", "A_log", ".D", "conv1d.weight")) or name[0] in "01"
         if parameter.requires_grad:
             expected[parameter] = (gate, 0.0 if undecayed else 0.3)
     assert found == expected
