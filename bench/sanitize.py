@@ -27,6 +27,11 @@ def attention(route: tossup.Route) -> None:
         out, lse = tossup.flash_attention(q, k, v, causal=True, return_lse=True, route=route)
         rows = route.samples[: int(route.count)].long()
         backward(out[rows], lse[rows])
+    numbers = torch.arange(SEQLEN, device="cuda").div(50, rounding_mode="floor")
+    q, k, v = (random(BATCH, SEQLEN, HEADS, 64) for _ in range(3))
+    in_rows = tossup.bounds_of(numbers.expand(BATCH, -1))
+    for causal in (True, False):
+        backward(tossup.flash_attention(q, k, v, causal=causal, bounds=in_rows))
     bounds = torch.tensor([0, 1, 70, SEQLEN], dtype=torch.int32, device="cuda")
     q, k, v = (random(SEQLEN, HEADS, 64) for _ in range(3))
     backward(tossup.flash_attention(q, k, v, window_size=(9, 5), cu_seqlens_q=bounds))

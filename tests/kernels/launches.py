@@ -30,6 +30,7 @@ from tossup.kernels.linear import kernel as linear
 SHAPES = [
     ("attention", dict(heads=4, kv_heads=2, head_dim=64, seqlen=80)),
     ("attention", dict(heads=4, kv_heads=2, head_dim=64, seqlen=1024, queries=1)),
+    ("attention", dict(heads=4, kv_heads=2, head_dim=64, seqlen=80, sequences=4)),
     ("selective_scan", dict(dim=64, seqlen=40)),
     ("selective_scan", dict(dim=64, seqlen=2048)),
     ("causal_conv1d", dict(dim=64, seqlen=40)),

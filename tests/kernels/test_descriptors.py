@@ -16,6 +16,7 @@ from tests.kernels.test_linear import (
 )
 from tests.support import assert_within_budget, only_triton, route_of
 from tossup.kernels import descriptors
+from tossup.kernels.flash_attention import bounds_of
 from tossup.kernels.flash_attention import kernel as attention
 from tossup.kernels.linear import linear, linear_into, weight_gradient_into
 
@@ -130,6 +131,9 @@ def test_a_stride_that_no_number_needs_may_be_any(impl, described):
     assert len(described) == 3
 
 
+IN_ROWS = bounds_of(torch.tensor([0] * 33 + [1] + [2] * 36).expand(3, -1))
+
+
 @only_triton
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("chosen", [None, (2, 0)])
@@ -141,6 +145,7 @@ def test_a_stride_that_no_number_needs_may_be_any(impl, described):
         ((3, 70, 70, 2, 1, 64), dict(causal=True, window_size=(19, 0))),
         ((3, 33, 33, 3, 3, 8), dict(window_size=(5, 7), softcap=3.0)),
         ((3, 65, 32, 2, 2, 16), dict()),
+        ((3, 70, 70, 2, 1, 24), dict(causal=True, bounds=IN_ROWS)),
     ],
 )
 def test_tiles_of_attention(impl, dtype, chosen, layout, sizes, options, described):
@@ -159,6 +164,8 @@ def test_tiles_of_attention(impl, dtype, chosen, layout, sizes, options, describ
         x[mine] for x in run(inputs, TAKEN[layout](dout), dlse, impl=impl, route=route, **options)
     ]
     assert len(described) == 6
+    if "bounds" in options:
+        options = options | {"bounds": options["bounds"][:, mine]}
     exact = run(exact_inputs, dout[mine].double(), dlse[mine].double(), impl="reference", **options)
     same = run(same_inputs, dout[mine], dlse[mine], impl="reference", **options)
     assert_within_budget(ours, exact, same)
