@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from ..kernels.transfer import send
 from .ownership import refuse_shared_beyond
-from .stochastic import Router, StochasticMixer
+from .router import Router
+from .stochastic import StochasticMixer
 
 Group = dict[str, Any]
 KeyT = TypeVar("KeyT")

@@ -8,82 +8,27 @@ Under device dispatch training takes a table alone.
     dispatch="dense"   every mixer runs on every sample and the result is selected: the oracle
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.precision import autocast
-from ..kernels.routing import MixerTable, Strategy, draw
+from ..kernels.routing import MixerTable
+from .call import Call
 from .config import check_mixer_name
-from .device_dispatch import DeviceDispatch, RoutedMixer, check_routed
-from .metrics import Mean, accumulate
-from .mixers.packing import Packing, packing_of
+from .device_dispatch import DeviceDispatch, check_routed
+from .metrics import Mean
+from .mixers.packing import packing_of
 from .ownership import refuse_shared_within
+from .router import Router
 
 Dispatch = Literal["device", "host", "dense"]
 
 # Keyword arguments whose tensors have a row per sample and follow a sample to its mixer. Tensors of
 # one row serve every sample.
 BATCHED_KWARGS = frozenset({"attention_mask", "position_ids", "position_embeddings", "seq_idx"})
-
-# Of forward functions, as finding out takes the host 20 µs
-SIGNATURES: WeakKeyDictionary[Callable[..., Any], inspect.Signature] = WeakKeyDictionary()
-
-
-class Router:
-    """Draws a mixer table per step for the StochasticMixers that share it.
-
-    strategy: how tables are drawn. layers: how many layers share the router. seed: of the draws;
-    one seed, one sequence of tables, on every rank. `step` counts the draws: set it to resume.
-    `counts` (layers, mixers) int64 says how many samples were sent where, over all draws, and
-    `used` the same since the last step of a GatedAdamW that has this router.
-    device: where tables are drawn, for mixers under device dispatch. There `step` is an int64
-        tensor of shape (), which a draw reads and advances without the host: fill it to resume.
-        None draws on the host.
-
-    A copy of a model follows the same router as the model does.
-    """
-
-    def __init__(
-        self,
-        strategy: Strategy,
-        layers: int,
-        *,
-        seed: int = 0,
-        step: int = 0,
-        device: torch.device | str | None = None,
-    ):
-        self.strategy, self.layers, self.seed = strategy, layers, seed
-        self.device = torch.device("cpu" if device is None else device)
-        self.step: int | Tensor = step
-        if device is not None:
-            self.step = torch.tensor(step, dtype=torch.int64, device=device)
-        self.table: MixerTable | None = None
-        self.counts = torch.zeros(layers, strategy.mixers, dtype=torch.int64, device=self.device)
-        self.used, self.drawn = torch.zeros_like(self.counts), 0
-
-    def begin_step(self) -> None:
-        """Forget what was used until now."""
-        self.used.zero_()
-        self.drawn = 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Router":
-        return self
-
-    def draw(self, batch: int) -> MixerTable:
-        """Draw the next step's table, for `batch` samples; the mixers follow it until the next."""
-        self.table = draw(
-            self.strategy, self.seed, self.step, self.layers, batch, device=self.device
-        )
-        self.counts += self.table.count
-        self.used += self.table.count
-        self.drawn += 1
-        self.step += 1
-        return self.table
 
 
 class StochasticMixer(nn.Module):
@@ -248,7 +193,7 @@ class StochasticMixer(nn.Module):
     def _pass_back(self, _gradient: Tensor) -> None:
         self.passed_back = True
 
-    def _device(self, call: "Call", table: MixerTable) -> Tensor:
+    def _device(self, call: Call, table: MixerTable) -> Tensor:
         self._check_routed()  # again, as modules may have been exchanged
         x = call.hidden_states
         for key in ("past_key_values", "use_cache"):
@@ -283,7 +228,7 @@ class StochasticMixer(nn.Module):
             *self.mixers.parameters(),
         )
 
-    def _host(self, call: "Call", table: MixerTable) -> Tensor:
+    def _host(self, call: Call, table: MixerTable) -> Tensor:
         counts = table.count[self.layer].tolist()
         batch = len(call.hidden_states)
         if sum(counts) != batch:
@@ -301,7 +246,7 @@ class StochasticMixer(nn.Module):
                 parts.append(call.run(name, samples[-1]))
         return torch.cat(parts)[torch.cat(samples).argsort()]
 
-    def _dense(self, call: "Call", table: MixerTable) -> Tensor:
+    def _dense(self, call: Call, table: MixerTable) -> Tensor:
         row = table.to(call.hidden_states.device).table[self.layer]
         row = row.expand(len(call.hidden_states))
         out, *others = (call.run(name, taken=row == i) for i, name in enumerate(self.names))
@@ -331,90 +276,6 @@ class StochasticMixer(nn.Module):
             raise ValueError(f"{key} takes one of the mixers {list(self.names)}, got {name!r}")
 
 
-class Call:
-    """One forward of a StochasticMixer: runs a mixer by name, on all samples or on some."""
-
-    def __init__(
-        self,
-        layer: StochasticMixer,
-        hidden_states: Tensor,
-        kwargs: Mapping[str, Any],
-        preprocessed: Mapping[str, Mapping[str, Any]],
-        losses: dict[str, Mean] | None,
-        metrics: dict[str, Mean] | None,
-    ):
-        self.layer, self.hidden_states, self.kwargs = layer, hidden_states, kwargs
-        self.preprocessed, self.reports = preprocessed, {"losses": losses, "metrics": metrics}
-
-    def preprocessed_of(self, name: str) -> dict[str, Any]:
-        """What was computed ahead for the named mixer, or is now if nothing was."""
-        if given := self.preprocessed.get(name):
-            return dict(given)
-        preprocess = getattr(self.layer.mixers[name], "preprocess", None)
-        if preprocess is None:
-            return {}
-        x = self.hidden_states
-        return preprocess(torch.arange(x.shape[1], device=x.device))
-
-    def run(self, name: str, rows: Tensor | None = None, taken: Tensor | None = None) -> Tensor:
-        """The named mixer's output for `rows` (None: all).
-
-        taken: (batch,) bool, the samples whose losses and metrics count (None: all that ran).
-        """
-        mixer = self.layer.mixers[name]
-        reports: dict[str, dict[str, Any]] = {"losses": {}, "metrics": {}}
-        kwargs = {**self.kwargs, **self.preprocessed.get(name, {})}
-        if isinstance(mixer, RoutedMixer) and len(self.hidden_states) != 1:
-            kwargs.pop("position_ids", None)  # they tell of packed sequences in one row alone
-        kwargs = {key: self._rows_of(key, value, rows) for key, value in kwargs.items()}
-        hidden_states = self.hidden_states if rows is None else self.hidden_states[rows]
-        out = mixer(hidden_states, **accepted_kwargs(mixer, {**kwargs, **reports}))
-        for kind, values in reports.items():
-            self._report(kind, name, values, len(hidden_states), taken)
-        return out[0] if isinstance(out, tuple) else out
-
-    def _rows_of(self, key: str, value: Any, rows: Tensor | None) -> Any:
-        if rows is None or value is None:
-            return value
-        if isinstance(value, Packing):
-            return value.rows(rows)
-        if key == "past_key_values":
-            raise ValueError("a cache cannot be shared among mixers: pass past_key_values=None")
-        if key not in self.layer.batched_kwargs:
-            return value
-        if isinstance(value, tuple):
-            return tuple(self._rows_of(key, item, rows) for item in value)
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"{key} takes a tensor with a row for each sample, got {type(value).__name__}"
-            )
-        batch = len(self.hidden_states)
-        if len(value) not in (1, batch):
-            raise ValueError(
-                f"{key} takes one row, or one for each of the {batch} samples, got {len(value)}"
-            )
-        return value if len(value) == 1 else value[rows]
-
-    def _report(
-        self, kind: str, name: str, values: dict[str, Any], samples: int, taken: Tensor | None
-    ) -> None:
-        """Add what a mixer reported to what the caller collects, if anything."""
-        into = self.reports[kind]
-        for key, value in values.items():
-            if isinstance(value, Mean) and taken is None:  # of a StochasticMixer inside this one
-                mean = value
-            elif isinstance(value, Tensor) and value.shape == (samples,):
-                mean = Mean.of(value, taken)
-            else:
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"{kind} of mixer {name} take one value per sample, shape ({samples},), "
-                    f"got {got} for {key}"
-                )
-            if into is not None:
-                accumulate(into, f"{name}/{key}", mean)
-
-
 def parts_of(mixer: nn.Module) -> Iterator[Any]:
     """Objects that are the same ones as long as a check of a mixer for device dispatch holds."""
     for module in mixer.modules():
@@ -427,39 +288,3 @@ def parts_of(mixer: nn.Module) -> Iterator[Any]:
 def in_backward() -> bool:
     """Whether autograd is running, as it is where checkpointing runs a forward pass again."""
     return torch._C._current_graph_task_id() != -1
-
-
-def accepted_kwargs(mixer: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of the keyword arguments that a mixer's forward takes.
-
-    One that takes them all, by **kwargs, gets those that it names and those that say something: it
-    may hand them to code that knows neither `losses` nor an absent cache.
-    """
-    named, takes_all = named_kwargs(mixer), takes_all_kwargs(mixer)
-    silent = {"losses", "metrics"}
-    return {
-        key: value
-        for key, value in kwargs.items()
-        if key in named
-        or (takes_all and key not in silent and value is not None and value is not False)
-    }
-
-
-def named_kwargs(mixer: nn.Module) -> set[str]:
-    """The arguments that a mixer's forward names."""
-    parameters = signature_of(mixer).parameters.values()
-    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-
-
-def takes_all_kwargs(mixer: nn.Module) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in signature_of(mixer).parameters.values())
-
-
-def signature_of(mixer: nn.Module) -> inspect.Signature:
-    forward = getattr(mixer, "_orig_mod", mixer).forward  # behind torch.compile's
-    if torch.compiler.is_compiling():  # which knows no weak references
-        return inspect.signature(forward)
-    function = getattr(forward, "__func__", forward)
-    if function not in SIGNATURES:
-        SIGNATURES[function] = inspect.signature(forward)
-    return SIGNATURES[function]

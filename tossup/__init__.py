@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .supernet.mixers import Attention, GroupedMamba, Mamba
     from .supernet.model import SupernetModel
     from .supernet.optimizer import GatedAdamW, clip_grad_norm_, parameter_groups
-    from .supernet.stochastic import Router, StochasticMixer
+    from .supernet.router import Router
+    from .supernet.stochastic import StochasticMixer
 
 __version__ = "0.1.0"
 
@@ -34,7 +35,7 @@ _MODULES = {
     "MixerTable": "kernels.routing",
     "ModelConfig": "supernet.config",
     "Route": "kernels.routing",
-    "Router": "supernet.stochastic",
+    "Router": "supernet.router",
     "StochasticMixer": "supernet.stochastic",
     "StochasticMixerConfig": "supernet.config",
     "Strategy": "kernels.routing",
