@@ -130,7 +130,8 @@ def remembered(
 
 
 def packing_of_numbers(seq_idx: Tensor) -> Packing:
-    return Packing(seq_idx.int(), False)
+    # A copy, as what is remembered of a tensor must not keep it
+    return Packing(seq_idx.to(torch.int32, copy=True), False)
 
 
 def packing_of_bounds(cu_seqlens: Tensor, seqlen: int) -> Packing:

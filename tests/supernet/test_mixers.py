@@ -266,6 +266,24 @@ def test_what_a_mask_says_is_read_once_for_all_layers(kind, monkeypatch):
     assert len(packing.KNOWN) < seen_alone
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"seq_idx": torch.tensor([[0, 0, 1]], dtype=torch.int32)},
+        {"cu_seqlens": torch.tensor([0, 2, 3], dtype=torch.int32)},
+        {"position_ids": torch.tensor([[0, 1, 0]])},
+        {"attention_mask": torch.tensor([[0, 1, 1]], dtype=torch.int32)},
+    ],
+    ids=lambda told: next(iter(told)),
+)
+def test_what_is_remembered_goes_with_what_told_it(told):
+    known, told = len(packing.KNOWN), {name: tensor.clone() for name, tensor in told.items()}
+    Attention(16, 2)(torch.randn(1, 3, 16), **told)
+    assert len(packing.KNOWN) == known + 1
+    del told
+    assert len(packing.KNOWN) == known
+
+
 @pytest.mark.parametrize("kind", MIXERS)
 def test_packed_sequences_compile_whole(kind):
     mixer, x = MIXERS[kind](), torch.randn(1, 6, 16)
