@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .device_dispatch import RoutedMixer
 from .metrics import Mean, accumulate
-from .mixers.packing import Packing
+from .mixers.packing import PACKING_KWARGS, Packing
 
 if TYPE_CHECKING:
     from .stochastic import StochasticMixer
@@ -36,13 +36,12 @@ class Call:
 
     def preprocessed_of(self, name: str) -> dict[str, Any]:
         """What was computed ahead for the named mixer, or is now if nothing was."""
-        if given := self.preprocessed.get(name):
-            return dict(given)
+        given = self.preprocessed.get(name, {})
         preprocess = getattr(self.layer.mixers[name], "preprocess", None)
-        if preprocess is None:
-            return {}
+        if preprocess is None or given.keys() - PACKING_KWARGS:
+            return dict(given)
         x = self.hidden_states
-        return preprocess(torch.arange(x.shape[1], device=x.device))
+        return {**preprocess(torch.arange(x.shape[1], device=x.device)), **given}
 
     def run(self, name: str, rows: Tensor | None = None, taken: Tensor | None = None) -> Tensor:
         """The named mixer's output for `rows` (None: all).

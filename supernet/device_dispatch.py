@@ -25,7 +25,6 @@ from ..kernels.backend import Backend, resolve_impl
 from ..kernels.linear import linear_into, weight_gradient_into
 from ..kernels.routing import Route
 from .mixers.mamba import StepProjection
-from .mixers.packing import Packing
 from .ownership import refuse_exchanged
 
 ALIGNMENT = 128  # bytes: a cache line, and more than any vector load or copy engine asks for
@@ -98,7 +97,8 @@ class Run:
 
     route: its samples. slot: its tensors by name, (batch, …), each sample's within the sample's
     slot. written: int32, (), on the device: 0 where the gradients of its parameters hold nothing
-    yet. extra: what was computed for it ahead, such as rotary angles, and the Packing of the batch.
+    yet. extra: what was computed for it ahead, such as rotary angles. seq_idx, bounds: sequences in
+    the rows, as scans and as attention take them, all made before mixers part on streams.
     """
 
     route: Route
@@ -113,18 +113,12 @@ class Run:
         return self.route.count, self.route.samples
 
     @property
-    def packing(self) -> Packing | None:
-        return self.extra.get("packing")
-
-    @property
     def seq_idx(self) -> Tensor | None:
-        """Sequences in a row, as scans and convolutions take them."""
-        return self.packing.seq_idx if self.packing else None
+        return self.extra.get("seq_idx")
 
     @property
     def bounds(self) -> Tensor | None:
-        """The same, as attention takes them."""
-        return self.packing.bounds if self.packing else None
+        return self.extra.get("bounds")
 
     def fresh(self, name: str) -> Tensor:
         """Memory like a tensor of the slot that nobody wrote, one sample after the other."""

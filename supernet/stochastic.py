@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ..kernels.precision import autocast
 from ..kernels.routing import MixerTable
-from .call import Call
+from .call import Call, named_kwargs
 from .config import check_mixer_name
-from .device_dispatch import DeviceDispatch, check_routed
+from .device_dispatch import DeviceDispatch, RoutedMixer, check_routed
 from .metrics import Mean
-from .mixers.packing import packing_of
+from .mixers.packing import PACKING_KWARGS, packing_of
 from .ownership import refuse_shared_within
 from .router import Router
 
@@ -196,8 +196,9 @@ class StochasticMixer(nn.Module):
     def _device(self, call: Call, table: MixerTable) -> Tensor:
         self._check_routed()  # again, as modules may have been exchanged
         x = call.hidden_states
-        for key in ("past_key_values", "use_cache"):
-            if call.kwargs[key]:
+        named = set().union(*(named_kwargs(mixer) for mixer in self.mixers.values()))
+        for key, value in call.kwargs.items():
+            if key in named - PACKING_KWARGS and value is not None and value is not False:
                 raise ValueError(f"dispatch='device' takes no {key} while it follows a table")
         if table.count.device != x.device:
             raise ValueError(
@@ -211,10 +212,7 @@ class StochasticMixer(nn.Module):
             self.written = self.written.to(x.device)
         mixers: Any = tuple(self.mixers.values())
         extras = tuple(
-            {
-                **call.preprocessed_of(name),
-                "packing": packing_of(x, left=mixer.left, waits=False, **call.kwargs),
-            }
+            {**call.preprocessed_of(name), **packed_of(call, name, mixer)}
             for name, mixer in zip(self.names, mixers, strict=True)
         )
         return DeviceDispatch.apply(
@@ -274,6 +272,17 @@ class StochasticMixer(nn.Module):
     def _check_name(self, key: str, name: str) -> None:
         if name not in self.names:
             raise ValueError(f"{key} takes one of the mixers {list(self.names)}, got {name!r}")
+
+
+def packed_of(call: Call, name: str, mixer: RoutedMixer) -> dict[str, Tensor]:
+    """What padding or packed sequences are to the named mixer, found without asking the device."""
+    told = {**call.kwargs, **call.preprocessed.get(name, {})}
+    packing = packing_of(call.hidden_states, left=mixer.left, waits=False, **told)
+    if packing is None:
+        return {}
+    if mixer.left is None:
+        return {"seq_idx": packing.seq_idx}
+    return {"bounds": packing.bounds}
 
 
 def parts_of(mixer: nn.Module) -> Iterator[Any]:

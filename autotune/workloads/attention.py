@@ -141,7 +141,7 @@ class Attention(SequenceWorkload):
         if self.sequences == 1:
             raise MissingPeer("is for packed sequences")
         if self.heads != self.kv_heads:
-            raise MissingPeer("takes as many heads of keys as of queries")
+            raise MissingPeer("is asked with as many heads of keys as of queries")
         total, device = self.samples * self.seqlen, inputs["q"].device
         places = torch.arange(0, total + 1, self.length, dtype=torch.int32, device=device)
 

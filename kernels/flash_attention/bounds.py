@@ -15,7 +15,12 @@ def bounds_of(seq_idx: Tensor, padding: int | None = None) -> Tensor:
 
     Returns int32 (2, batch, seqlen), contiguous: of each token, the place in its row where its
     sequence begins, and that behind its end.
+    Raises ValueError where seq_idx is not as above.
     """
+    if seq_idx.ndim != 2 or seq_idx.is_floating_point() or seq_idx.is_complex():
+        raise ValueError(
+            f"seq_idx must be integers (batch, seqlen), got {seq_idx.dtype} {tuple(seq_idx.shape)}"
+        )
     places = torch.arange(seq_idx.shape[1], device=seq_idx.device)
     parts = seq_idx[:, 1:] != seq_idx[:, :-1]  # a token from the one before it
     if padding is not None:

@@ -89,7 +89,8 @@ class Text(Dataset):
 
     def _identity(self) -> dict[str, Any]:
         parts = {stream: windows.digest() for stream, windows in self._parts.items()}
-        return {"type": "text", "length": self.length, "packed": self.config.packed, **parts}
+        packed = {"packed": True} if self.config.packed else {}
+        return {"type": "text", "length": self.length, **packed, **parts}
 
 
 class _Windows:

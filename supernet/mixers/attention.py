@@ -179,7 +179,7 @@ class Attention(nn.Module):
 
     def rotate(self, run: "Run", *tensors: Tensor, back: bool = False) -> None:
         """Turn queries and keys in place; back is by the opposite angles."""
-        if "angles" in run.extra:
+        if self.rope_theta is not None:
             cos, sin = run.extra["angles"]
             sin = -sin if back else sin
             for tensor in tensors:

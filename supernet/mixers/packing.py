@@ -16,7 +16,8 @@ from ...kernels.flash_attention import bounds_of
 
 # What tells where packed sequences begin: Tossup's name, and transformers' two
 PACKED_KWARGS = frozenset({"cu_seqlens", "cu_seq_lens_q", "seq_idx"})
-
+# All that `packing_of` follows
+PACKING_KWARGS = PACKED_KWARGS | {"attention_mask", "position_ids", "packing"}
 
 KNOWN = WeakTensorKeyDictionary()  # what `remembered` made of masks and positions
 
@@ -41,7 +42,10 @@ class Packing:
         return self._bounds
 
     def rows(self, samples: Tensor) -> "Packing":
-        return Packing(self.seq_idx[samples], self.padded)
+        part = Packing(self.seq_idx[samples], self.padded)
+        if self._bounds is not None:
+            part._bounds = self._bounds[:, samples]
+        return part
 
 
 def packing_of(
@@ -142,7 +146,9 @@ def packing_of_bounds(cu_seqlens: Tensor, seqlen: int) -> Packing:
 
 def packing_of_positions(position_ids: Tensor, waits: bool) -> Packing | None:
     breaks = F.pad(position_ids.diff(dim=1) != 1, (1, 0))
-    return judged(Packing(breaks.cumsum(1).int(), False), ~breaks.any(), None, "", waits)
+    if waits and not breaks.any():
+        return None
+    return Packing(breaks.cumsum(1).int(), False)
 
 
 def packing_of_padding(mask: Tensor, batch: int, seqlen: int, waits: bool) -> Packing | None:
@@ -201,14 +207,12 @@ def packing_of_attention(
 
 
 def judged(
-    packing: Packing, whole: Tensor, wrong: Tensor | None, message: str, waits: bool
+    packing: Packing, whole: Tensor, wrong: Tensor, message: str, waits: bool
 ) -> Packing | None:
     """The packing; None where the rows are whole, if the host may wait to know.
 
     whole, wrong: booleans (). Where wrong, ValueError, or else an error of the device's own.
     """
-    if wrong is None:
-        wrong = torch.zeros_like(whole)
     if not waits:
         torch._assert_async(~wrong, message)
         return packing

@@ -53,6 +53,12 @@ def test_bounds_are_where_numbers_change(padding):
     assert (begins.dtype, begins.shape) == (torch.int32, (3, 7))
 
 
+@pytest.mark.parametrize("wrong", [torch.zeros(5).long(), torch.zeros(2, 5)])
+def test_numbers_of_sequences_are_integers_of_rows(wrong):
+    with pytest.raises(ValueError, match=r"seq_idx must be integers \(batch, seqlen\), got"):
+        bounds_of(wrong)
+
+
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", ROWS)

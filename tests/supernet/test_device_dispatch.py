@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
 import tossup
 from tests.support import poison_memory
@@ -451,9 +452,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match="gives 3 of the 4 samples of layer 0 a mixer"):
             layer(torch.zeros(4, 9, 16), table=table_of([0, 1, 5, 0]))
 
-    def test_a_cache(self):
+    def test_what_mixers_take_and_it_does_not(self):
         layer = model_of("device", layers=1).layers[0].mixer
-        for told in ({"use_cache": True}, {"past_key_values": Cache(1, 9).layers[0]}):
+        angles = torch.zeros(2, 9, 3).unbind()
+        cache = Cache(1, 9).layers[0]
+        told = [{"past_key_values": of} for of in (cache, DynamicCache())]  # the latter is empty
+        for told in (*told, {"use_cache": True}, {"angles": angles}):
             name = next(iter(told))
             with pytest.raises(ValueError, match=f"takes no {name} while it follows a table"):
                 layer(torch.zeros(4, 9, 16), table=table_of([0, 1, 2, 2]), **told)

@@ -15,7 +15,7 @@ from tests.supernet.test_device_dispatch import (
 )
 from tests.support import poison_memory
 from tossup.kernels.routing import MixerTable
-from tossup.supernet.mixers import packing
+from tossup.supernet.mixers import Attention, packing
 
 SEQLEN = 21
 NUMBERS = torch.tensor(
@@ -93,6 +93,31 @@ def test_a_layer_follows_what_transformers_tells_it(told, mixer):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+def test_sequences_are_found_before_mixers_part(monkeypatch):
+    """On streams of their own none could use what another one makes meanwhile."""
+    attend = Attention.routed_forward
+
+    def late(*_):
+        raise AssertionError("a mixer made what others share")
+
+    def attend_alone(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(packing, "bounds_of", late)
+            attend(*args)
+
+    monkeypatch.setattr(Attention, "routed_forward", attend_alone)
+    losses_and_gradients(model_of("device"), EVERY, seq_idx=NUMBERS)
+
+
+@pytest.mark.parametrize("told", TOLD)
+def test_a_layer_may_be_told_mixer_by_mixer(told):
+    x, table = torch.randn(4, SEQLEN, 16), table_of([0, 1, 2, 2])
+    layers = [model_of(dispatch, layers=1).layers[0].mixer for dispatch in ("device", "host")]
+    each = dict.fromkeys(MIXERS, TOLD[told])
+    ours, theirs = (layer(x, table=table, preprocessed=each) for layer in layers)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("told", TOLD)
 def test_a_layer_compiles(told):
     layer = model_of("device", layers=1).layers[0].mixer
@@ -119,13 +144,30 @@ def test_a_step_with_masks_asks_the_device_nothing():
             losses_and_gradients(model_of("device"), EVERY, **told)
 
 
-@pytest.mark.parametrize("mask", [COUNTS, seen(NUMBERS)], ids=["padding", "queries and keys"])
-def test_a_host_that_waits_asks(mask):
+ASKED = {
+    "padding": {"attention_mask": COUNTS},
+    "queries and keys": {"attention_mask": seen(NUMBERS)},
+    "positions": OF_ONE_ROW["positions"],
+}
+
+
+@pytest.mark.parametrize("told", ASKED)
+def test_a_host_that_waits_asks(told):
     """So that the check above can fail."""
-    x = torch.zeros(4, SEQLEN, device="meta")
-    assert packing.packing_of(x, mask.to("meta"), -1, waits=False) is not None
+    ((name, tensor),) = ASKED[told].items()
+    x = torch.zeros(len(tensor), SEQLEN, device="meta")
+    told = {"attention_mask": None, name: tensor.to("meta")}
+    assert packing.packing_of(x, left=-1, waits=False, **told) is not None
     with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
-        packing.packing_of(x, mask.to("meta"), -1)
+        packing.packing_of(x, left=-1, **told)
+
+
+def test_rows_that_are_whole_have_no_packing_where_the_host_may_ask():
+    x, positions = torch.zeros(1, SEQLEN), torch.arange(SEQLEN)[None]
+    whole = torch.ones(1, SEQLEN)
+    for told in (dict(position_ids=positions, attention_mask=None), dict(attention_mask=whole)):
+        assert packing.packing_of(x, left=-1, **told) is None
+        assert packing.packing_of(x, left=-1, waits=False, **told) is not None
 
 
 def test_a_mask_that_cannot_be_followed_is_an_error_of_the_device():

@@ -230,8 +230,6 @@ def test_what_a_mixer_cannot_do_it_says(kind):
 @pytest.mark.parametrize("kind", MIXERS)
 def test_what_a_mask_says_is_read_once_for_all_layers(kind, monkeypatch):
     torch.manual_seed(0)
-    reads = Mock(wraps=packing.judged)
-    monkeypatch.setattr(packing, "judged", reads)
     mixer, x = MIXERS[kind](), torch.randn(2, 6, 16)
     padding = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
     seen = (padding[:, None, None] * torch.ones(6, 6).tril()).bool()
@@ -241,10 +239,15 @@ def test_what_a_mask_says_is_read_once_for_all_layers(kind, monkeypatch):
         (x, {"attention_mask": seen}),
         (x[:1], packed),
     ):
-        reads.reset_mock()
-        expected = mixer(some, **told)
-        assert torch.equal(mixer(some, **told), expected)
-        reads.assert_called_once()
+        with monkeypatch.context() as patch:
+            calls = Mock()
+            for name in ("packing_of_padding", "packing_of_attention", "packing_of_positions"):
+                read = Mock(wraps=getattr(packing, name))
+                calls.attach_mock(read, name)
+                patch.setattr(packing, name, read)
+            expected = mixer(some, **told)
+            assert torch.equal(mixer(some, **told), expected)
+            assert len(calls.mock_calls) == 1
     padding[0] = 1  # a mask that changes is read again
     close(mixer(x, attention_mask=padding), mixer(x))
     with torch.inference_mode():
