@@ -456,8 +456,8 @@ class TestRefusals:
         layer = model_of("device", layers=1).layers[0].mixer
         angles = torch.zeros(2, 9, 3).unbind()
         cache = Cache(1, 9).layers[0]
-        told = [{"past_key_values": of} for of in (cache, DynamicCache())]  # the latter is empty
-        for told in (*told, {"use_cache": True}, {"angles": angles}):
+        caches = [{"past_key_values": of} for of in (cache, DynamicCache())]  # the latter is empty
+        for told in (*caches, {"use_cache": True}, {"angles": angles}):
             name = next(iter(told))
             with pytest.raises(ValueError, match=f"takes no {name} while it follows a table"):
                 layer(torch.zeros(4, 9, 16), table=table_of([0, 1, 2, 2]), **told)
