@@ -38,7 +38,7 @@ class Call:
         """What was computed ahead for the named mixer, or is now if nothing was."""
         given = self.preprocessed.get(name, {})
         preprocess = getattr(self.layer.mixers[name], "preprocess", None)
-        if preprocess is None or given.keys() - PACKING_KWARGS:
+        if preprocess is None or any(key not in PACKING_KWARGS for key in given):
             return dict(given)
         x = self.hidden_states
         return {**preprocess(torch.arange(x.shape[1], device=x.device)), **given}
