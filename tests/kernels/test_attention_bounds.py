@@ -4,9 +4,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.kernels.test_flash_attention import SEED, SLOPES, run, tensors
-from tests.support import assert_within_budget, every_backend, every_impl, route_of
+from tests.kernels.test_flash_attention import SEED, SLOPES, assert_close, run, tensors
+from tests.support import EXACT, assert_within_budget, every_backend, every_impl, route_of
 from tossup.kernels.flash_attention import bounds_of, flash_attention
 
 # (where the sequences of each row begin, seqlen): one token, none of a tile's size, whole tiles
@@ -77,6 +79,23 @@ def test_agrees_with_each_sequence_by_itself(impl, dtype, rows, options):
     same = apart(inputs, dout, wide[0], begins, impl="reference", **options)
     oracle = apart(exact, dout.double(), wide[1], begins, impl="reference", **options)
     assert_within_budget(ours, oracle, same)
+
+
+@every_impl
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rows", ROWS)
+def test_agrees_with_torch_under_a_mask(impl, rows, causal):
+    begins, seqlen = ROWS[rows]
+    inputs, dout, _ = tensors(len(begins), seqlen, seqlen, 4, 2, 17, EXACT[impl])
+    numbers = numbers_of(begins, seqlen)
+    out, _, *grads = run(inputs, dout, None, causal=causal, bounds=bounds_of(numbers), impl=impl)
+    mask = (numbers[:, :, None] == numbers[:, None])[:, None]
+    mask = mask.tril() if causal else mask
+    with sdpa_kernel(SDPBackend.MATH):
+        heads_first = (x.transpose(1, 2) for x in inputs)
+        theirs = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True)
+    theirs = theirs.transpose(1, 2)
+    assert_close((out, *grads), (theirs, *torch.autograd.grad(theirs, inputs, dout)))
 
 
 @every_impl
