@@ -1,57 +1,52 @@
 """AdamW for supernets: a mixer that a step did not use is left alone, without the host knowing.
 
-AdamW is Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (ICLR 2019, algorithm 2). A
-zero gradient is not the same as no update: momentum goes on moving the weights, decay goes on
-shrinking them, and the bias correction goes on counting. So every gate (one mixer of one layer)
-has its own fused call, and a flag on the device decides whether that call writes. All that is
-around these calls, counting and clipping, is done for all gates together: it costs launches.
+Every parameter of a mixer has its gate, (layer, mixer), and one launch goes over the parameters of
+all gates (kernels/adamw).
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import compress
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from ..kernels.adamw import Bucket, Gate, adamw_, gradient_norm, scale_gradients_
 from ..kernels.transfer import send
 from .ownership import refuse_shared_beyond
 from .router import Router
 from .stochastic import StochasticMixer
 
 Group = dict[str, Any]
-KeyT = TypeVar("KeyT")
-ItemT = TypeVar("ItemT")
+
+
+class _Options(NamedTuple):
+    """What parameters of one bucket have in common. A tensor lr is told by its identity."""
+
+    lr: float | int
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    inactive: Literal["skip", "decay"]
+
+    @classmethod
+    def of(cls, group: Group) -> "_Options":
+        lr = group["lr"]
+        options = (group[name] for name in cls._fields[2:])
+        return cls(id(lr) if isinstance(lr, Tensor) else lr, tuple(group["betas"]), *options)
 
 
 class _Bucket(NamedTuple):
-    """Parameters of one group, on one device, of one dtype, and their state."""
-
-    params: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    steps: list[Tensor]
-
-
-class _Flag(NamedTuple):
-    """Whether a step used a gate's mixer: two float32 scalars on the device, one 1, the other 0."""
-
-    used: Tensor
-    unused: Tensor
-
-
-class _Update(NamedTuple):
-    """What one fused call does, to those of a bucket's parameters that have a gradient.
-
-    flag: None updates; else parameters, moments and step counts of an unused mixer stay as they are
-    """
+    """What one launch updates: parameters of groups that have the same options, the first's."""
 
     group: Group
-    bucket: _Bucket
-    gradients: list[Tensor]
-    flag: _Flag | None
+    params: list[Tensor]
+    local: Bucket
+
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        return [None if param.grad is None else _local(param.grad) for param in self.params]
 
 
 class GatedAdamW(Optimizer):
@@ -95,7 +90,8 @@ class GatedAdamW(Optimizer):
             "capturable": True,  # tells load_state_dict to put `step` on the parameter's device
         }
         self.router = router
-        self._buckets: list[list[_Bucket]] | None = None  # per group, until groups or state change
+        self._partition: list[int] = []  # for each group the first that has the same options
+        self._buckets: list[_Bucket] = []
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -111,7 +107,7 @@ class GatedAdamW(Optimizer):
                 "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
             }
-        self._buckets = None
+        self._partition = []
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore state and options. Raises ValueError where the saved groups have other gates."""
@@ -128,7 +124,7 @@ class GatedAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._buckets = None  # its lists hold the tensors and groups that were just replaced
+        self._partition = []  # what was made of it holds tensors and groups just replaced
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, used: Tensor | None = None) -> Any:
@@ -148,17 +144,19 @@ class GatedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        flags = _flags(self.param_groups, self.used_or(used))
-        if self._buckets is None:
-            self._buckets = [self._split(group) for group in self.param_groups]
-        updates = [
-            _update(group, bucket, flag)
-            for group, flag, buckets in zip(self.param_groups, flags, self._buckets, strict=True)
-            for bucket in buckets
-        ]
-        _count(updates)
-        for update in updates:
-            _adamw(update)
+        used = self.used_or(used)
+        for bucket in self.buckets():
+            group = bucket.group
+            adamw_(
+                bucket.local,
+                bucket.gradients,
+                used,
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                inactive=group["inactive"],
+            )
         if self.router is not None:
             self.router.begin_step()
         return loss
@@ -174,18 +172,15 @@ class GatedAdamW(Optimizer):
             raise ValueError("the router has drawn no table since the last step; call draw(batch)")
         return send(self.router.used, gated[0].device)
 
-    def _split(self, group: Group) -> list[_Bucket]:
-        kinds = _grouped((_kind(param), param) for param in group["params"])
-        return [
-            _Bucket(
-                params,
-                *(
-                    [self.state[param][name] for param in params]
-                    for name in ("exp_avg", "exp_avg_sq", "step")
-                ),
-            )
-            for params in kinds.values()
-        ]
+    def buckets(self) -> list[_Bucket]:
+        """What is launched together, made anew where groups, their options or state changed."""
+        first: dict[_Options, int] = {}
+        options = map(_Options.of, self.param_groups)
+        partition = [first.setdefault(of_group, place) for place, of_group in enumerate(options)]
+        if partition != self._partition:
+            self._partition = partition
+            self._buckets = _buckets(self.param_groups, partition, self.state)
+        return self._buckets
 
 
 def parameter_groups(model: nn.Module, weight_decay: float | None = None) -> list[Group]:
@@ -242,126 +237,77 @@ def clip_grad_norm_(
     optimizer: a GatedAdamW, or its groups; gradients may be DTensors, as FSDP2's are. used: as in
         `GatedAdamW.step`.
     Returns the total L2 norm before scaling, a 0-d tensor on the device. Whatever an unused mixer's
-    gradients hold, NaN included, does not enter it.
+    gradients hold, NaN included, does not enter it, and stays as it is.
     """
-    groups = list(optimizer.param_groups if isinstance(optimizer, Optimizer) else optimizer)
     if isinstance(optimizer, GatedAdamW):
-        used = optimizer.used_or(used)
-    kinds = _grouped(
-        ((_kind(param.grad), getattr(param.grad, "device_mesh", None)), (param.grad, flag))
-        for group, flag in zip(groups, _flags(groups, used), strict=True)
-        for param in group["params"]
-        if param.grad is not None
-    )
-    norms = []
-    for ((device, _), sharded), rows in kinds.items():
-        always = torch.ones((), device=device)
-        counts = torch.stack([always if flag is None else flag.used for _, flag in rows])
-        each: Any = torch.stack(torch._foreach_norm([gradient for gradient, _ in rows]))
-        if sharded is not None:  # as FSDP2 does: one sum over the ranks
-            each = each.full_tensor()
-        norms.append(torch.where(counts > 0, each, 0))
+        used, buckets = optimizer.used_or(used), optimizer.buckets()
+    else:
+        groups = optimizer.param_groups if isinstance(optimizer, Optimizer) else list(optimizer)
+        buckets = _buckets(groups, [0] * len(groups))
+    norms = [_norm(bucket, used) for bucket in buckets]
     total = get_total_norm(norms)
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)  # as torch has it
-    for ((device, _), sharded), rows in kinds.items():
-        gradients = [gradient for gradient, _ in rows]
-        if sharded is not None:
-            gradients = [gradient.to_local() for gradient in gradients]
-        torch._foreach_mul_(gradients, factor.to(device))
+    for bucket in buckets:
+        scale_gradients_(bucket.local, bucket.gradients, factor.to(bucket.local.device), used)
     return total
 
 
-def _flags(groups: Sequence[Group], used: Tensor | None) -> list[_Flag | None]:
-    """For each group, None if it is shared."""
-    gated = [group for group in groups if group.get("gate") is not None]
-    if not gated:
-        return [None] * len(groups)
-    if used is None:
-        raise ValueError("used is None, but parameters have gates; pass a (layers, mixers) tensor")
-    layers, mixers = (1 + max(group["gate"][axis] for group in gated) for axis in (0, 1))
-    if used.dim() != 2 or used.shape[0] < layers or used.shape[1] < mixers:
-        raise ValueError(
-            f"used has shape {tuple(used.shape)}, but the gates need ({layers}, {mixers}) or more"
-        )
-    for device in {param.device for group in gated for param in group["params"]}:
-        if device != used.device:
-            raise ValueError(f"used is on {used.device}, but gated parameters are on {device}")
-    table = (used > 0).float()
-    flags = [
-        [_Flag(*flag) for flag in zip(row_used.unbind(), row_unused.unbind(), strict=True)]
-        for row_used, row_unused in zip(table, 1 - table, strict=True)
+def _norm(bucket: _Bucket, used: Tensor | None) -> Tensor:
+    """Of a bucket's gradients; where ranks have a part of each, of all parts."""
+    if not _is_sharded(bucket.params[0]):
+        return gradient_norm(bucket.local, bucket.gradients, used)
+    rows = [
+        (param.grad, gate)
+        for param, gate in zip(bucket.params, bucket.local.gates, strict=True)
+        if param.grad is not None
     ]
-    gates = [group.get("gate") for group in groups]
-    return [None if gate is None else flags[gate[0]][gate[1]] for gate in gates]
+    bucket.local.check_used(used)
+    if not rows:
+        return torch.zeros((), device=bucket.local.device)
+    gradients, gates = zip(*rows, strict=True)
+    norms: Any = torch.stack(torch._foreach_norm(gradients))
+    norms = norms.full_tensor()  # as FSDP2 does: one sum over the ranks
+    if used is not None:
+        flags = [used.new_ones(()) if gate is None else used[gate] for gate in gates]
+        norms = torch.where(torch.stack(flags) > 0, norms, 0)
+    return torch.linalg.vector_norm(norms)
 
 
-def _kind(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
-    """What the tensors of one fused call have in common."""
-    return tensor.device, tensor.dtype
+def _buckets(
+    groups: Sequence[Group], partition: Sequence[int], state: Mapping[Tensor, Any] | None = None
+) -> list[_Bucket]:
+    """One for each part, device and dtype, and mesh of ranks where these share a parameter."""
+    rows: dict[tuple[Any, ...], list[tuple[Tensor, Gate | None]]] = {}
+    for part, group in zip(partition, groups, strict=True):
+        for param in group["params"]:
+            key = part, param.device, param.dtype, getattr(param, "device_mesh", None)
+            rows.setdefault(key, []).append((param, group.get("gate")))
+    return [
+        _Bucket(groups[part], [param for param, _ in members], _of_this_rank(members, state))
+        for (part, *_), members in rows.items()
+    ]
 
 
-def _grouped(items: Iterable[tuple[KeyT, ItemT]]) -> dict[KeyT, list[ItemT]]:
-    groups: dict[KeyT, list[ItemT]] = {}
-    for key, item in items:
-        groups.setdefault(key, []).append(item)
-    return groups
+def _of_this_rank(
+    members: Sequence[tuple[Tensor, Gate | None]], state: Mapping[Tensor, Any] | None
+) -> Bucket:
+    params, gates = zip(*members, strict=True)
+    columns = [
+        [_local(state[param][name]) for param in params]
+        for name in ("exp_avg", "exp_avg_sq", "step")
+        if state is not None
+    ]
+    return Bucket([_local(param) for param in params], gates, *columns)
 
 
-def _update(group: Group, bucket: _Bucket, flag: _Flag | None) -> _Update:
-    gradients = [param.grad for param in bucket.params]
-    if flag is not None and group["inactive"] == "decay":
-        zeroed = [
-            _zero_unless(flag.used, gradient, param)
-            for gradient, param in zip(gradients, bucket.params, strict=True)
-        ]
-        return _Update(group, bucket, zeroed, None)
-    present = [gradient is not None for gradient in gradients]
-    kept = _Bucket(*(list(compress(column, present)) for column in bucket))
-    return _Update(group, kept, [gradient for gradient in gradients if gradient is not None], flag)
+def _local(tensor: Any) -> Tensor:
+    """What this rank has of it."""
+    return tensor.to_local() if _is_sharded(tensor) else tensor
 
 
-def _zero_unless(used: Tensor, gradient: Tensor | None, param: Tensor) -> Tensor:
-    """The gradient where the mixer was used, else zeros, whatever it holds."""
-    return torch.zeros_like(param) if gradient is None else torch.where(used > 0, gradient, 0)
-
-
-def _count(updates: Sequence[_Update]) -> None:
-    """Add 1 to the step counts of all that is updated. The fused calls only read them."""
-    always, gated, flags = [], [], []
-    for update in updates:
-        steps = update.bucket.steps
-        if update.flag is None:
-            always += steps
-        else:
-            gated += steps
-            flags += [update.flag.used] * len(steps)
-    if always:
-        torch._foreach_add_(always, 1)
-    if gated:  # a list of flags: adding one tensor to many reads it on the host
-        torch._foreach_add_(gated, flags)
-
-
-def _adamw(update: _Update) -> None:
-    """One fused call. Where `found_inf` is 1, exactly, it writes nothing, be the gradients NaN."""
-    group, bucket, gradients, flag = update
-    if not gradients:
-        return
-    torch._fused_adamw_(
-        bucket.params,
-        gradients,
-        bucket.exp_avgs,
-        bucket.exp_avg_sqs,
-        [],
-        bucket.steps,
-        lr=group["lr"],
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        amsgrad=False,
-        maximize=False,
-        found_inf=None if flag is None else flag.unused,
-    )
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, which takes long to import, so that nobody does who has none."""
+    return hasattr(tensor, "device_mesh")
 
 
 def _check(group: Group) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Impl, resolve_for
-from ..flags import check_written
+from ..checks import check_written
 from ..routing import Route
 from .reference import accumulate_reference
 

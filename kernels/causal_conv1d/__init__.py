@@ -5,10 +5,10 @@ out[t, d] = act(bias[d] + sum over k < width of weight[d, k] x[t - (width - 1) +
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..backend import Impl, resolve_for
+from ..checks import check_floating, check_seq_idx, check_shapes
 from ..routing import Route, put, take, tensors_of
 from .reference import causal_conv1d_reference
 
@@ -79,17 +79,9 @@ def check(
         raise ValueError(
             f"weight must be (dim, width) = ({dim}, 2 to 4), got {tuple(weight.shape)}"
         )
-    for name, optional, shape in (
-        ("bias", bias, (dim,)),
-        ("initial_state", initial_state, (batch, weight.shape[1] - 1, dim)),
-        ("seq_idx", seq_idx, (batch, seqlen)),
-    ):
-        if optional is not None and optional.shape != shape:
-            raise ValueError(f"{name} must be of shape {shape}, got {tuple(optional.shape)}")
-    for name, optional in (("weight", weight), ("bias", bias), ("initial_state", initial_state)):
-        if optional is not None and not optional.is_floating_point():
-            raise ValueError(f"{name} must be floating, got {optional.dtype}")
-    if seq_idx is not None and (seq_idx.is_floating_point() or seq_idx.dtype == torch.bool):
-        raise ValueError(f"seq_idx must hold integers, got {seq_idx.dtype}")
+    before = batch, weight.shape[1] - 1, dim
+    check_shapes(bias=(bias, (dim,)), initial_state=(initial_state, before))
+    check_floating(weight=weight, bias=bias, initial_state=initial_state)
+    check_seq_idx(seq_idx, batch, seqlen)
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be 'silu' or None, got {activation!r}")

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Impl, resolve_for
+from ..checks import check_floating, check_shapes
 from ..routing import Route, put, take, tensors_of
 from .reference import causal_conv1d_update_reference
 
@@ -95,11 +96,8 @@ def check(
             f"conv_state must have x's {batch} entries without conv_state_indices, "
             f"got {len(conv_state)}"
         )
-    if bias is not None and bias.shape != (dim,):
-        raise ValueError(f"bias must be of shape ({dim},), got {tuple(bias.shape)}")
-    for name, tensor in (("x", x), ("conv_state", conv_state), ("weight", weight), ("bias", bias)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating, got {tensor.dtype}")
+    check_shapes(bias=(bias, (dim,)))
+    check_floating(x=x, conv_state=conv_state, weight=weight, bias=bias)
     for name, tensor in (
         ("cache_seqlens", cache_seqlens),
         ("conv_state_indices", conv_state_indices),

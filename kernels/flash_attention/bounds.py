@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_seq_idx
+
 
 def bounds_of(seq_idx: Tensor, padding: int | None = None) -> Tensor:
     """What `flash_attention` takes as bounds. The host does not wait for it.
@@ -17,10 +19,9 @@ def bounds_of(seq_idx: Tensor, padding: int | None = None) -> Tensor:
     sequence begins, and that behind its end.
     Raises ValueError where seq_idx is not as above.
     """
-    if seq_idx.ndim != 2 or seq_idx.is_floating_point() or seq_idx.is_complex():
-        raise ValueError(
-            f"seq_idx must be integers (batch, seqlen), got {seq_idx.dtype} {tuple(seq_idx.shape)}"
-        )
+    if seq_idx.ndim != 2:
+        raise ValueError(f"seq_idx must be (batch, seqlen), got {tuple(seq_idx.shape)}")
+    check_seq_idx(seq_idx, *seq_idx.shape)
     places = torch.arange(seq_idx.shape[1], device=seq_idx.device)
     parts = seq_idx[:, 1:] != seq_idx[:, :-1]  # a token from the one before it
     if padding is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Impl, resolve_for
-from ..flags import check_written
+from ..checks import check_floating, check_shapes, check_written
 from ..precision import autocast
 from ..routing import Route, rows_of, take, tensors_of
 from .reference import gradients, linear_reference, products
@@ -69,6 +69,7 @@ def linear_into(
     """
     check(x, weight, bias)
     check_shapes(out=(out, (*x.shape[:2], len(weight))))
+    check_floating(out=out)
     routed = tensors_of(route, x.shape[0])
     chosen = resolve_for(impl, out, x, weight, bias, *routed)
     with torch.no_grad():
@@ -113,6 +114,7 @@ def weight_gradient_into(
             f" dtype {x.dtype}, got {tuple(dout.shape)} in {dout.dtype}"
         )
     check_shapes(grad=(grad, (dout.shape[2], x.shape[2])), bias_grad=(bias_grad, (dout.shape[2],)))
+    check_floating(grad=grad, bias_grad=bias_grad)
     check_written(written)
     tensors, routed = (grad, dout, x, bias_grad, written), tensors_of(route, x.shape[0])
     chosen = resolve_for(impl, *tensors, *routed)
@@ -139,6 +141,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f" got {weight.dtype} {tuple(weight.shape)}"
         )
     check_shapes(bias=(bias, (len(weight),)))
+    check_floating(bias=bias)
 
 
 def check_activations(**tensors: Tensor) -> None:
@@ -146,14 +149,5 @@ def check_activations(**tensors: Tensor) -> None:
         if tensor.ndim != 3 or tensor.shape[2] == 0 or not tensor.is_floating_point():
             raise ValueError(
                 f"{name} must be floating, (batch, seqlen, features) with at least one feature,"
-                f" got {tensor.dtype} {tuple(tensor.shape)}"
-            )
-
-
-def check_shapes(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    for name, (tensor, shape) in tensors.items():
-        if tensor is not None and (tensor.shape != shape or not tensor.is_floating_point()):
-            raise ValueError(
-                f"{name} must be floating, of shape {shape},"
                 f" got {tensor.dtype} {tuple(tensor.shape)}"
             )

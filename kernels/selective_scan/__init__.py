@@ -9,10 +9,10 @@ For every channel d, with its diagonal state matrix A[d] and its groups of B and
 This is their equation 2 with the discretisation of section 3.6: A by zero-order hold, B by Euler.
 """
 
-import torch
 from torch import Tensor
 
 from ..backend import Impl, resolve_for
+from ..checks import check_floating, check_seq_idx, check_shapes
 from ..routing import Route, put, take, tensors_of
 from .reference import selective_scan_reference
 
@@ -115,26 +115,14 @@ def check(
                 f"{states}) with groups dividing dim = {dim}, or (dim, state), got "
                 f"{tuple(tensor.shape)}"
             )
-    for name, optional, shape in (
-        ("delta", delta, (batch, seqlen, dim)),
-        ("D", D, (dim,)),
-        ("z", z, (batch, seqlen, dim)),
-        ("delta_bias", delta_bias, (dim,)),
-        ("initial_state", initial_state, (batch, dim, states)),
-        ("seq_idx", seq_idx, (batch, seqlen)),
-    ):
-        if optional is not None and optional.shape != shape:
-            raise ValueError(f"{name} must be of shape {shape}, got {tuple(optional.shape)}")
-    for name, optional in (
-        ("delta", delta),
-        ("B", B),
-        ("C", C),
-        ("D", D),
-        ("z", z),
-        ("delta_bias", delta_bias),
-        ("initial_state", initial_state),
-    ):
-        if optional is not None and not optional.is_floating_point():
-            raise ValueError(f"{name} must be floating, got {optional.dtype}")
-    if seq_idx is not None and (seq_idx.is_floating_point() or seq_idx.dtype == torch.bool):
-        raise ValueError(f"seq_idx must hold integers, got {seq_idx.dtype}")
+    check_shapes(
+        delta=(delta, u.shape),
+        D=(D, (dim,)),
+        z=(z, u.shape),
+        delta_bias=(delta_bias, (dim,)),
+        initial_state=(initial_state, (batch, dim, states)),
+    )
+    check_floating(
+        delta=delta, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state
+    )
+    check_seq_idx(seq_idx, batch, seqlen)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Impl, resolve_for
+from ..checks import check_floating, check_shapes
 from ..routing import Route, put, rows_of, take, tensors_of
 from .reference import selective_state_update_reference
 
@@ -76,16 +77,14 @@ def check(
     if state.ndim != 3 or 0 in state.shape[1:]:
         raise ValueError(f"state must be (batch, dim, state), got {tuple(state.shape)}")
     batch, dim, states = state.shape
-    for name, tensor, shape in (
-        ("x", x, (batch, dim)),
-        ("dt", dt, (batch, dim)),
-        ("A", A, (dim, states)),
-        ("D", D, (dim,)),
-        ("z", z, (batch, dim)),
-        ("dt_bias", dt_bias, (dim,)),
-    ):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} must be of shape {shape}, got {tuple(tensor.shape)}")
+    check_shapes(
+        x=(x, (batch, dim)),
+        dt=(dt, (batch, dim)),
+        A=(A, (dim, states)),
+        D=(D, (dim,)),
+        z=(z, (batch, dim)),
+        dt_bias=(dt_bias, (dim,)),
+    )
     for name, tensor in (("B", B), ("C", C)):
         groups = tensor.shape[1] if tensor.ndim == 3 else 0
         if tensor.shape != (batch, groups, states) or groups == 0 or dim % groups:
@@ -93,7 +92,4 @@ def check(
                 f"{name} must be (batch, groups, state) = ({batch}, groups, {states}) with groups "
                 f"dividing dim = {dim}, got {tuple(tensor.shape)}"
             )
-    everything = dict(state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
-    for name, tensor in everything.items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating, got {tensor.dtype}")
+    check_floating(state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)

@@ -57,7 +57,7 @@ def test_bounds_are_where_numbers_change(padding):
 
 @pytest.mark.parametrize("wrong", [torch.zeros(5).long(), torch.zeros(2, 5)])
 def test_numbers_of_sequences_are_integers_of_rows(wrong):
-    with pytest.raises(ValueError, match=r"seq_idx must be integers \(batch, seqlen\), got"):
+    with pytest.raises(ValueError, match="seq_idx must"):
         bounds_of(wrong)
 
 

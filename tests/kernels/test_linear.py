@@ -455,9 +455,9 @@ WRONG = {
     r"x must be .* at least one feature, .* \(2, 5, 0\)": lambda x, w, b: linear(x[..., :0], w, b),
     r"weight must be .* = \(…, 8\), got .* \(6, 7\)": lambda x, w, b: linear(x, w[:, :7], b),
     "weight must be floating, .* got torch.int32": lambda x, w, b: linear(x, w.int(), b),
-    r"bias must be .* \(6,\), got .* \(5,\)": lambda x, w, b: linear(x, w, b[:5]),
-    "bias must be floating, .* got torch.int32": lambda x, w, b: linear(x, w, b.int()),
-    r"out must be .* \(2, 5, 6\), got .* \(2, 5, 8\)": lambda x, w, b: linear_into(x, x, w, b),
+    r"bias must be of shape \(6,\), got \(5,\)": lambda x, w, b: linear(x, w, b[:5]),
+    "bias must be floating, got torch.int32": lambda x, w, b: linear(x, w, b.int()),
+    r"out must be of shape \(2, 5, 6\), got \(2, 5, 8\)": lambda x, w, b: linear_into(x, x, w, b),
     "dout must be floating, .* got torch.int64": (
         lambda x, w, b: weight_gradient_into(w, x[..., :6].long(), x)
     ),
@@ -467,10 +467,10 @@ WRONG = {
     r"dout must be .* = \(2, 5, …\) .* got \(1, 5, 6\)": (
         lambda x, w, b: weight_gradient_into(w, x[:1, :, :6], x)
     ),
-    r"grad must be .* \(6, 8\), got .* \(8, 6\)": (
+    r"grad must be of shape \(6, 8\), got \(8, 6\)": (
         lambda x, w, b: weight_gradient_into(w.t(), x[..., :6], x)
     ),
-    r"bias_grad must be .* \(6,\), got .* \(5,\)": (
+    r"bias_grad must be of shape \(6,\), got \(5,\)": (
         lambda x, w, b: weight_gradient_into(w, x[..., :6], x, bias_grad=b[:5])
     ),
     r"written must be int32 of shape \(\), got torch.int64": (

@@ -2,6 +2,7 @@ import copy
 import io
 import math
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -215,6 +216,27 @@ def test_groups_have_their_own_options_and_dtypes():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+def test_groups_may_part_and_meet_again():
+    """Options, of which launches are made, change from step to step, also on the device."""
+    params, oracle = make_params(), make_params()
+    optimizer = GatedAdamW(groups_of(params), **OPTIONS)
+    reference = AdamW([{"params": tensors} for tensors in oracle.values()], **OPTIONS, fused=True)
+    device = torch.tensor(0.02)
+    for step, rates in enumerate([(0.1, 0.1), (0.1, 0.2), (0.3, 0.2), (0.2, 0.2), (0.1, device)]):
+        for on_host, (groups, tensors) in enumerate(
+            ((optimizer.param_groups, params), (reference.param_groups, oracle))
+        ):
+            set_gradients(tensors, step)
+            for place, group in enumerate(groups):
+                lr = rates[place % 2]
+                group["lr"] = lr.item() if on_host and lr is device else lr
+                group["betas"] = (0.8, 0.9) if place == step else OPTIONS["betas"]
+        optimizer.step(used=torch.ones(LAYERS, MIXERS))
+        reference.step()
+    for ours, theirs in zip(everything(params), everything(oracle), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
 def test_two_dtypes_in_one_group():
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(3, dtype=t)) for t in (torch.float32, torch.float64)]
@@ -348,31 +370,33 @@ def test_clipping_keeps_a_used_mixer_s_nan():
 @pytest.mark.parametrize("mode", [FakeTensorMode, RefuseHostReads])
 @pytest.mark.parametrize("inactive", ["skip", "decay"])
 def test_a_step_reads_nothing_on_the_host(mode, inactive):
-    with mode():
+    with FakeTensorMode() if mode is FakeTensorMode else nullcontext():
         params = make_params()
         optimizer = GatedAdamW(groups_of(params), lr=torch.full((), 1e-3), inactive=inactive)
         for param in everything(params):
             param.grad = torch.ones_like(param)
         used = torch.ones(LAYERS, MIXERS, dtype=torch.int32)
-        for _ in range(2):
-            clip_grad_norm_(optimizer, 1.0, used)
-            optimizer.step(used=used)
+        optimizer.buckets()  # what the first step makes, from numbers of the host
+        with nullcontext() if mode is FakeTensorMode else mode():
+            for _ in range(2):
+                clip_grad_norm_(optimizer, 1.0, used)
+                optimizer.step(used=used)
 
 
 class Calls(TorchDispatchMode):
-    """Counts the ops that write, which are kernels on a GPU: views are not."""
+    """Counts the ops that write, which are launches on a GPU: views are not."""
 
     def __init__(self):
         super().__init__()
         self.names = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "aten" and not func.is_view:
+        if func.namespace in ("aten", "tossup") and not func.is_view:
             self.names[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
 
 
-def test_a_gate_costs_one_fused_call_and_no_other():
+def test_more_gates_cost_no_more_launches():
     params = make_params()
     set_gradients(params, 0)
     counts = []
@@ -381,7 +405,7 @@ def test_a_gate_costs_one_fused_call_and_no_other():
         with Calls() as calls:
             clip_grad_norm_(optimizer, 1.0, torch.ones(LAYERS, MIXERS))
             optimizer.step(used=torch.ones(LAYERS, MIXERS))
-        assert calls.names.pop("_fused_adamw_") == len(gates)
+        assert calls.names["adamw"] == 1
         counts.append(calls.names)
     assert counts[0] == counts[1]
 
