@@ -10,7 +10,7 @@ def check_shapes(**tensors: tuple[Tensor | None, Shape]) -> None:
     """Every tensor that is given has the shape beside it."""
     for name, (tensor, shape) in tensors.items():
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} must be of shape {shape}, got {tuple(tensor.shape)}")
+            raise ValueError(f"{name} must be of shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
 def check_floating(**tensors: Tensor | None) -> None:

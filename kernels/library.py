@@ -5,11 +5,13 @@ in a time that grows with the square of how many there are: 30 µs for 13. Ops h
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 from torch.library import CustomOpDef
 
@@ -58,12 +60,16 @@ def mutating_op(name: str, mutates_args: tuple[str, ...]) -> Callable[..., Mutat
 
 
 def differentiable(
-    op: CustomOpDef, setup_context: Callable[..., None], backward: Callable[..., Any]
+    op: CustomOpDef,
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    twice: bool = False,
 ) -> Callable[..., Any]:
     """Give an op gradients. Returns the op as eager mode had better call it, by position.
 
     setup_context, backward: as of torch.autograd.Function, which eager mode takes. torch.compile
     takes what is registered: it traces no such function that has one tensor as two of its inputs.
+    twice: whether the gradient is differentiable itself.
     """
     op.register_autograd(backward, setup_context=setup_context)
 
@@ -73,15 +79,39 @@ def differentiable(
         return output
 
     name = backward.__module__.split(".")[-2]  # what a graph's nodes are called
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(name, (torch.autograd.Function,), members)
+    gradient = {"backward": backward if twice else once_differentiable(backward)}
+    eager = function_of(name, forward=forward, **gradient)
+    # torch.func wants the context made apart, for which torch takes half as long again
+    in_transforms = function_of(
+        name, forward=lambda *inputs: op(*inputs), setup_context=setup_context, **gradient
+    )
+    in_transforms.generate_vmap_rule = True  # of the ops, which torch calls for one after the other
 
     def call(*inputs: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            refuse_tangents(name, inputs)
         wanted = torch.is_grad_enabled() and any(
             isinstance(x, Tensor) and x.requires_grad for x in inputs
         )
         if not wanted or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return op(*inputs)
-        return function.apply(*inputs)
+        transformed = torch._C._are_functorch_transforms_active()
+        return (in_transforms if transformed else eager).apply(*inputs)
 
     return call
+
+
+def function_of(name: str, **members: Callable[..., Any]) -> Any:
+    """A torch.autograd.Function."""
+    static = {member: staticmethod(function) for member, function in members.items()}
+    return type(name, (torch.autograd.Function,), static)
+
+
+def refuse_tangents(name: str, inputs: Sequence[Any]) -> None:
+    """Raises NotImplementedError in place of what torch has for a custom op: zeros.
+
+    inputs: of an op, of which some may be dual, as forward-mode differentiation makes them.
+    """
+    for x in inputs:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"{name} has no forward-mode derivative: use reverse mode")

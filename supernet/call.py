@@ -51,13 +51,13 @@ class Call:
         mixer = self.layer.mixers[name]
         reports: dict[str, dict[str, Any]] = {"losses": {}, "metrics": {}}
         kwargs = {**self.kwargs, **self.preprocessed.get(name, {})}
-        if isinstance(mixer, RoutedMixer) and len(self.hidden_states) != 1:
+        if isinstance(mixer, RoutedMixer) and self.hidden_states.shape[0] != 1:
             kwargs.pop("position_ids", None)  # they tell of packed sequences in one row alone
         kwargs = {key: self._rows_of(key, value, rows) for key, value in kwargs.items()}
         hidden_states = self.hidden_states if rows is None else self.hidden_states[rows]
         out = mixer(hidden_states, **accepted_kwargs(mixer, {**kwargs, **reports}))
         for kind, values in reports.items():
-            self._report(kind, name, values, len(hidden_states), taken)
+            self._report(kind, name, values, hidden_states.shape[0], taken)
         return out[0] if isinstance(out, tuple) else out
 
     def _rows_of(self, key: str, value: Any, rows: Tensor | None) -> Any:
@@ -75,7 +75,7 @@ class Call:
             raise ValueError(
                 f"{key} takes a tensor with a row for each sample, got {type(value).__name__}"
             )
-        batch = len(self.hidden_states)
+        batch = self.hidden_states.shape[0]
         if len(value) not in (1, batch):
             raise ValueError(
                 f"{key} takes one row, or one for each of the {batch} samples, got {len(value)}"

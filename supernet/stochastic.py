@@ -8,7 +8,7 @@ Under device dispatch training takes a table alone.
     dispatch="dense"   every mixer runs on every sample and the result is selected: the oracle
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -37,7 +37,7 @@ class StochasticMixer(nn.Module):
     mixers: modules by name, in the order of the table's indices. Each maps hidden_states (batch,
         seqlen, hidden) to a tensor of that shape, or to a tuple that begins with one, and gets
         those of the keyword arguments that its forward takes.
-    layer: this layer's row of the table.
+    layer: this layer's row of the table. It may be left out, for 0, where a router has one row.
     router: where the table comes from in training unless forward is given one.
     main_mixer_name: the mixer of evaluation; defaults to the first.
     dispatch: device, host or dense. With device, mixers are those of `tossup.supernet.mixers`;
@@ -67,7 +67,7 @@ class StochasticMixer(nn.Module):
         self,
         mixers: Mapping[str, nn.Module],
         *,
-        layer: int = 0,
+        layer: int | None = None,
         router: Router | None = None,
         main_mixer_name: str | None = None,
         dispatch: Dispatch = "host",
@@ -84,6 +84,10 @@ class StochasticMixer(nn.Module):
             raise ValueError(
                 f"router draws among {router.strategy.mixers} mixers, got {len(mixers)} of them"
             )
+        if layer is None:
+            if router is not None and router.layers > 1:
+                raise ValueError(f"layer takes 0 to {router.layers - 1}, got none")
+            layer = 0
         if layer < 0 or (router is not None and layer >= router.layers):
             layers = "a row of the table" if router is None else f"0 to {router.layers - 1}"
             raise ValueError(f"layer takes {layers}, got {layer}")
@@ -127,7 +131,7 @@ class StochasticMixer(nn.Module):
         use_cache: bool = False,
         *,
         table: MixerTable | None = None,
-        placement: str | None = None,
+        placement: str | Sequence[str] | None = None,
         preprocessed: Mapping[str, Mapping[str, Any]] | None = None,
         losses: dict[str, Mean] | None = None,
         metrics: dict[str, Mean] | None = None,
@@ -136,7 +140,8 @@ class StochasticMixer(nn.Module):
         """Mix along the sequence.
 
         hidden_states: (batch, seqlen, hidden). table: whom to follow, also in evaluation; defaults
-        to the router's in training. placement: one mixer's name for the whole batch, over all else.
+        to the router's in training. placement: one mixer's name for the whole batch, over all else,
+        or one for each layer, of which this layer's counts.
         preprocessed: further keyword arguments of each mixer, by its name.
         """
         kwargs.update(
@@ -147,15 +152,24 @@ class StochasticMixer(nn.Module):
         if isinstance(chosen, str):
             out = call.run(chosen)
         else:
-            self._check_table(chosen, len(hidden_states))
+            self._check_table(chosen, hidden_states.shape[0])
             follow = {"device": self._device, "host": self._host, "dense": self._dense}
             out = follow[self.dispatch](call, chosen)
             if self.followed and out.requires_grad and not torch.compiler.is_compiling():
                 out.register_hook(self._pass_back)
         return (out, None, past_key_values)[: self.num_outputs] if self.num_outputs > 1 else out
 
-    def _chosen(self, table: MixerTable | None, placement: str | None) -> MixerTable | str:
+    def _chosen(
+        self, table: MixerTable | None, placement: str | Sequence[str] | None
+    ) -> MixerTable | str:
         if placement is not None:
+            if not isinstance(placement, str):
+                if len(placement) <= self.layer:
+                    raise ValueError(
+                        f"placement takes a name, or one for each layer, got {len(placement)} in "
+                        f"layer {self.layer}"
+                    )
+                placement = placement[self.layer]
             self._check_name("placement", placement)
             if self.dispatch == "device" and self.training and torch.is_grad_enabled():
                 raise ValueError(
@@ -193,6 +207,7 @@ class StochasticMixer(nn.Module):
     def _pass_back(self, _gradient: Tensor) -> None:
         self.passed_back = True
 
+    @torch._disable_dynamo  # the views of slots as other dtypes come out wrong of Inductor
     def _device(self, call: Call, table: MixerTable) -> Tensor:
         self._check_routed()  # again, as modules may have been exchanged
         x = call.hidden_states
@@ -228,7 +243,7 @@ class StochasticMixer(nn.Module):
 
     def _host(self, call: Call, table: MixerTable) -> Tensor:
         counts = table.count[self.layer].tolist()
-        batch = len(call.hidden_states)
+        batch = call.hidden_states.shape[0]
         if sum(counts) != batch:
             raise ValueError(
                 f"the mixer table gives {sum(counts)} of the {batch} samples of layer {self.layer} "
@@ -246,7 +261,7 @@ class StochasticMixer(nn.Module):
 
     def _dense(self, call: Call, table: MixerTable) -> Tensor:
         row = table.to(call.hidden_states.device).table[self.layer]
-        row = row.expand(len(call.hidden_states))
+        row = row.expand(call.hidden_states.shape[0])
         out, *others = (call.run(name, taken=row == i) for i, name in enumerate(self.names))
         for index, part in enumerate(others, 1):
             out = torch.where((row == index)[:, None, None], part, out)

@@ -58,7 +58,7 @@ def flash_attention_into_op(
     samples: Tensor | None,
     impl: str,
 ) -> None:
-    """The forward pass into given memory of any strides."""
+    """The forward pass into given memory: out of any strides, lse contiguous along seqlen."""
     plain = 0.0, None, 0.0, None, None, None, None, None
     call_backend(
         __package__, impl, "forward",

@@ -71,5 +71,5 @@ def sum_groups_gradient(ctx, dout):
     return apply(dout, group, repeats, *ctx.saved_tensors, impl), *(None,) * 5
 
 
-apply = differentiable(repeat_groups_op, save_for_backward, repeat_groups_gradient)
-add_up = differentiable(sum_groups_op, save_for_backward, sum_groups_gradient)
+apply = differentiable(repeat_groups_op, save_for_backward, repeat_groups_gradient, twice=True)
+add_up = differentiable(sum_groups_op, save_for_backward, sum_groups_gradient, twice=True)

@@ -53,4 +53,4 @@ def differentiate(ctx, dout):
     return dx, *(None,) * 6
 
 
-apply = differentiable(rotary_op, save_for_backward, differentiate)
+apply = differentiable(rotary_op, save_for_backward, differentiate, twice=True)

@@ -26,7 +26,7 @@ alone.
 import torch
 from torch import Tensor
 
-from ..backend import Impl, load_backend, resolve_impl
+from ..backend import Impl, load_backend, refuse_cpu_unless_interpreted, resolve_impl
 from .route import Route, place, put, rows_of, snapshot, take, tensors_of
 from .strategy import Kind, Strategy
 from .table import MixerTable
@@ -85,8 +85,7 @@ def draw(
         device = step.device if isinstance(step, Tensor) else torch.get_default_device()
     device = torch.device(device)
     impl = resolve_impl(impl, device)
-    if impl == "reference":
-        from . import reference as backend
-    else:
-        backend = load_backend(__package__, impl)
+    if impl == "triton" and device.type == "cpu":
+        refuse_cpu_unless_interpreted()
+    backend = load_backend(__package__, impl)
     return backend.draw(strategy, seed % 2**64, step, stage, batch, device)

@@ -135,12 +135,13 @@ def backward_sweep(
                     x[i, lane] = u[s, t, first + lane]
                     drive[i, lane] = delta[s, t, first + lane] * u[s, t, first + lane]
                 sums[:] = 0
-                keep = dtype.type(not resets[s, t])
+                reset = resets[s, t]  # what overflowed before it is left out, as 0 · ∞ is not 0
                 for n in range(states):
                     b, c = B[s, t, b_group, n], C[s, t, c_group, n]
                     for lane in range(LANES):
-                        a = keep * exp(step[i, lane] * decay_rate[n, lane])
-                        value = a * h[i, n, lane] + drive[i, lane] * b
+                        a = zero if reset else exp(step[i, lane] * decay_rate[n, lane])
+                        carried = zero if reset else a * h[i, n, lane]
+                        value = carried + drive[i, lane] * b
                         decay[i, n, lane] = a
                         h[i + 1, n, lane] = value
                         sums[lane] += value * c
@@ -159,10 +160,11 @@ def backward_sweep(
                     ddrive_t = multiply_add(dh_n, splat(B[s, t, b_group, n]), ddrive_t)
                     dh_n = multiply(dh_n, load(decay, i * states + n))
                     store(dh, n, dh_n)
-                    dexponent = multiply(dh_n, load(h, i * states + n))
-                    dstep_t = multiply_add(dexponent, load(decay_rate, n), dstep_t)
-                    ddecay_n = multiply_add(dexponent, step_t, load(ddecay_rate, n))
-                    store(ddecay_rate, n, ddecay_n)
+                    if not resets[s, t]:
+                        dexponent = multiply(dh_n, load(h, i * states + n))
+                        dstep_t = multiply_add(dexponent, load(decay_rate, n), dstep_t)
+                        ddecay_n = multiply_add(dexponent, step_t, load(ddecay_rate, n))
+                        store(ddecay_rate, n, ddecay_n)
                 store(ddrive, 0, ddrive_t)
                 store(dstep, 0, dstep_t)
                 for lane in range(width):

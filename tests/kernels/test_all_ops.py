@@ -423,8 +423,9 @@ def test_implementations_are_chosen_by_argument_then_variable_then_device(monkey
     assert load_backend("tossup.kernels.routing", "triton").draw.__module__.endswith(".kernel")
 
 
-def test_triton_on_the_cpu_says_what_it_takes():
-    call = "import torch, tossup; x = torch.ones(1, 2, 8); tossup.linear(x, x[0], impl='triton')"
+@pytest.mark.parametrize("call", ["linear(x, x[0], ", "draw(tossup.Strategy(2), 0, 0, 1, 1, "])
+def test_triton_on_the_cpu_says_what_it_takes(call):
+    call = f"import torch, tossup; x = torch.ones(1, 2, 8); tossup.{call}impl='triton')"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     ran = subprocess.run(
         [sys.executable, "-c", call], env=environment, text=True, capture_output=True

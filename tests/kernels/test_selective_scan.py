@@ -323,6 +323,20 @@ def test_packed_sequences_are_separate_runs(impl):
     torch.testing.assert_close(packed["final_state"], final_state, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")  # the interpreter's, of infinities
+@pytest.mark.parametrize("starts, value", [(16, float("inf")), (20, float("nan")), (269, 3e38)])
+@every_impl
+def test_what_overflowed_in_a_sequence_stays_there(impl, starts, value):
+    seqlen = starts + 20
+    tensors = make(1, seqlen, without=("initial_state",))
+    options = {"delta_softplus": True, "seq_idx": (torch.arange(seqlen) >= starts).int()[None]}
+    expected = run(tensors, impl, **options)
+    tensors["u"][:, :starts] = value
+    found = run(tensors, impl, **options)
+    for name in ("out", "du", "ddelta", "dB", "dC", "dz"):
+        torch.testing.assert_close(found[name][:, starts:], expected[name][:, starts:])
+
+
 @every_backend
 def test_no_gradient_crosses_a_reset(impl):
     tensors = {name: tensor.requires_grad_() for name, tensor in make(1, 20).items()}

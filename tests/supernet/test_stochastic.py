@@ -112,6 +112,8 @@ def test_training_follows_the_router_evaluation_the_main_mixer_placement_overrid
         layer.eval()
         torch.testing.assert_close(layer(x), 3 * x)
         torch.testing.assert_close(layer(x, placement="a"), 2 * x)
+    for layer, factor in zip(layers, (5, 2), strict=True):
+        torch.testing.assert_close(layer(x, placement=["c", "a"]), factor * x)
 
 
 def test_router_repeats_its_tables_from_any_step():
@@ -329,6 +331,11 @@ def test_outputs_come_as_the_caller_expects_them():
             "router draws among 2 mixers, got 3 of them",
         ),
         (lambda: three(layer=-1), "layer takes a row of the table, got -1"),
+        (lambda: three(router=Router(Strategy(3), layers=4)), "layer takes 0 to 3, got none"),
+        (
+            lambda: three(layer=2)(torch.zeros(1, 1, 1), placement=["a", "b"]),
+            "placement takes a name, or one for each layer, got 2 in layer 2",
+        ),
         (lambda: three(layer=2, router=Router(Strategy(mixers=3), 2)), "takes 0 to 1, got 2"),
         (lambda: three(num_outputs=4), "num_outputs takes 1, 2 or 3, got 4"),
         (lambda: StochasticMixer({"a.b": Scale(1.0)}), "got 'a.b'"),
