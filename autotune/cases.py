@@ -305,6 +305,32 @@ def accumulations() -> Iterator[Case]:
     yield Case("accumulate", "routed, fp32, 4096 channels, 16 states", launch)
 
 
+def optimizer_steps() -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for decays in (False, True):
+            name = f"gated, {SHORT[dtype]}, 48 × 2048×2048{', decays' if decays else ''}"
+            yield Case("adamw", name, partial(step, dtype, decays))
+
+
+def step(dtype: torch.dtype, decays: bool) -> None:
+    """The norm of all gradients, their scaling, and the update of 24 layers of two mixers."""
+    from ..kernels.adamw import Bucket
+
+    columns = [[meta(2048, 2048, dtype=dtype) for _ in range(48)] for _ in range(4)]
+    params, gradients, exp_avgs, exp_avg_sqs = columns
+    steps = [meta(dtype=torch.float32) for _ in params]
+    gates = [(layer, mixer) for layer in range(24) for mixer in range(2)]
+    bucket = Bucket(params, gates, exp_avgs, exp_avg_sqs, steps)
+    number, used = meta(dtype=torch.float32), meta(24, 2, dtype=torch.int32)
+    given = gradients, list(range(len(gradients)))
+    tables = bucket.host, bucket.table, bucket.owner, used
+    kernels = kernels_of("adamw")
+    kernels.gradient_norm(params, *given, *tables)
+    kernels.scale_gradients_(*given, number, *tables)
+    options = number, 0.0, 0.9, 0.95, 1e-8, 0.1, decays
+    kernels.adamw_(params, *given, exp_avgs, exp_avg_sqs, steps, *tables, *options)
+
+
 CASES: tuple[Case, ...] = (
     *draws(),
     *attentions(),
@@ -315,4 +341,5 @@ CASES: tuple[Case, ...] = (
     *updates(),
     *linears(),
     *accumulations(),
+    *optimizer_steps(),
 )

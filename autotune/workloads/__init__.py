@@ -6,6 +6,7 @@ Benchmarks, `tossup bench`, device runs, gates and the tuner are all made from i
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .adamw import AdamW
 from .attention import Attention
 from .causal_conv1d import CausalConv1d
 from .causal_conv1d_update import CausalConv1dUpdate
@@ -49,6 +50,7 @@ OPS: dict[str, type[Workload]] = {
         RepeatGroups,
         SelectiveStateUpdate,
         CausalConv1dUpdate,
+        AdamW,
     )
 }
 
@@ -89,6 +91,7 @@ ON_CPU: tuple[Workload, ...] = (
     RepeatGroups(batch=2, seqlen=512, dim=128, dtype="fp32"),
     SelectiveStateUpdate(batch=64, dim=1024, dtype="fp32"),
     CausalConv1dUpdate(batch=64, dim=1024, dtype="fp32"),
+    AdamW(elements=1 << 15),
 )
 
 ON_GPU: tuple[Workload, ...] = (
@@ -125,4 +128,7 @@ ON_GPU: tuple[Workload, ...] = (
     SelectiveStateUpdate(batch=256, state=128),
     SelectiveStateUpdate(batch=64, active=0),
     CausalConv1dUpdate(batch=64),
+    AdamW(),
+    AdamW(active=1),
+    AdamW(parameters=64, elements=1 << 14),
 )  # fmt: skip

@@ -29,6 +29,7 @@ SMALL = {
     "repeat_groups": {"seqlen": 37, "dim": 15, "group": 5, "repeats": 3},
     "selective_state_update": {"dim": 24, "state": 4, "groups": 2},
     "causal_conv1d_update": {"seqlen": 2, "dim": 24},
+    "adamw": {"parameters": 3, "elements": 37},
 }
 every_op = pytest.mark.parametrize("op", OPS)
 
