@@ -12,25 +12,26 @@ With --base: a worktree of REV and the working tree take turns, in a process eac
 that both meet the same clocks and temperatures. autotune/regression.py says what counts as slower;
 what seems slower is measured once more before it fails. `--base last` is what the newest committed
 record of the same device was taken of.
+
+A gate that compared nothing fails, and so does one whose base fails a case, unless it does not know
+the case yet.
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 import triton
 
 from bench import host, startup
+from bench.checkouts import ROOT, Answer, Ask, end_on_sigterm, worker, worktree
+from bench.options import count, seconds
 from bench.records import RESULTS, newest, newest_first
+from bench.tally import Tally
 from tossup.autotune.inspection import inspect
 from tossup.autotune.machine import name_of
 from tossup.autotune.races import OURS, race
@@ -39,10 +40,12 @@ from tossup.autotune.resources import changes
 from tossup.autotune.workloads import Workload, shipped
 from tossup.kernels.configs import slug
 from tossup.supernet.benchmark import parse
+from tossup.supernet.devices import device_of
 from tossup.supernet.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[1]
 RESOURCES = ROOT / "tests/autotune/resources"
+
+Case = tuple[Workload, str]  # in one direction
 
 PAIRS = 12  # turns of base and head
 LEAST = {"cuda": 1.03, "cpu": 1.10}  # the least factor that matters between two revisions
@@ -50,38 +53,36 @@ LEAST_RATIO = 1.30  # the same against a record, which was taken at another time
 LEAST_START = 1.50
 NEGLIGIBLE = 0.05  # of `import torch`: what begins faster than that may change
 
-Answer = dict[str, Any]
-Ask = Callable[[Answer], Answer]
 
-
-def check_resources(archs: Sequence[int] = (90, 80)) -> list[str]:
+def check_resources(archs: Sequence[int] = (90, 80)) -> Tally:
     """What is worse than committed for this version of Triton, or that nothing was committed; what
     is better is only printed."""
+    tally = Tally("resources")
     committed = RESOURCES / f"{triton.__version__}.json"
     if not committed.exists():
         print(f"resources: none were committed for Triton {triton.__version__}")
-        return [
+        tally.worse.append(
             f"{committed.name} is not there: python -m tests.autotune.test_inspection writes it"
-        ]
-    worse = []
-    for is_worse, sentence in changes(json.loads(committed.read_text()), inspect(archs)):
+        )
+        return tally
+    before, now = json.loads(committed.read_text()), inspect(archs)
+    tally.cases, tally.compared = len(before.keys() | now.keys()), len(before.keys() & now.keys())
+    for is_worse, sentence in changes(before, now):
         print(f"resources: {'worse' if is_worse else 'better, and to be committed'}: {sentence}")
-        worse += [sentence] if is_worse else []
-    return worse
+        tally.worse += [sentence] if is_worse else []
+    return tally
 
 
-def check_ratios(
-    record: dict[str, Any], workloads: Sequence[Workload], seconds: float
-) -> list[str]:
+def check_ratios(record: dict[str, Any], workloads: Sequence[Workload], seconds: float) -> Tally:
     """What takes longer by a peer's time than in the record."""
-    worse = []
+    tally = Tally("ratios")
     before = {
         (r["workload"], r["direction"]): ratios_of(r) for r in record["races"] if "failed" not in r
     }
     for workload in workloads:
         for direction in workload.directions:
             if (workload.name, direction) not in before:
-                print(f"ratios: {workload.name}, {direction}: not in the record: not compared")
+                tally.skip(f"{workload.name}, {direction}", "not in the record")
                 continue
             known = before[workload.name, direction]
 
@@ -89,12 +90,12 @@ def check_ratios(
                 return ratios_of(*race(workload, torch.device("cpu"), [direction], seconds))
 
             what = f"{workload.name}, {direction}, by "
-            for peer, old, new in compared("ratios", what, known, measure()):
+            for peer, old, new in in_both(tally, what, known, measure()):
                 found = compare_samples(old, new, LEAST_RATIO)
                 if found.slower:
                     found = compare_samples(old, measure()[peer], LEAST_RATIO)
-                worse += report("ratios", what + peer, found)
-    return worse
+                tally.judge(what + peer, found)
+    return tally
 
 
 def ratios_of(race: dict[str, Any]) -> dict[str, list[float]]:
@@ -107,74 +108,75 @@ def ratios_of(race: dict[str, Any]) -> dict[str, list[float]]:
     }
 
 
-def compared(
-    gate: str, what: str, before: dict[str, Any], now: dict[str, Any]
+def in_both(
+    tally: Tally, what: str, before: dict[str, Any], now: dict[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
     """What was measured both times; of what is no longer, as where a peer is missing, it tells."""
     for name in before:
         if name in now:
             yield name, before[name], now[name]
         else:
-            print(f"{gate}: {what}{name}: not measured here: not compared")
+            tally.skip(what + name, "not measured here")
 
 
-def check_host(record: dict[str, Any]) -> list[str]:
+def check_host(record: dict[str, Any]) -> Tally:
     """What takes the host longer on its way to a GPU, in idle launches, than in the record."""
+    tally = Tally("host")
     if "host" not in record:
-        print("host: the record has none: not compared; `make record` makes one")
-        return []
-    worse = []
-    for what, old, new in compared("host", "", record["host"], host.measure()):
+        tally.skip("the record has none", "`make record` makes one")
+        return tally
+    for what, old, new in in_both(tally, "", record["host"], host.measure()):
         found = compare_samples(old, new, LEAST_RATIO)
         if found.slower:
             found = compare_samples(old, host.measure()[what], LEAST_RATIO)
-        worse += report("host", what, found)
-    return worse
+        tally.judge(what, found)
+    return tally
 
 
-def check_start(record: dict[str, Any]) -> list[str]:
+def check_start(record: dict[str, Any]) -> Tally:
     """What takes longer, by `import torch`, than in the record."""
-    worse = []
+    tally = Tally("start")
 
     def compare(old: list[float], new: list[float]) -> Verdict:
         old, new = ([max(share, NEGLIGIBLE) for share in shares] for shares in (old, new))
         return compare_samples(old, new, LEAST_START)
 
-    for what, old, new in compared("start", "", record["start"], startup.measure()):
+    for what, old, new in in_both(tally, "", record["start"], startup.measure()):
         found = compare(old, new)
         if found.slower:
             found = compare(old, startup.measure()[what])
-        worse += report("start", what, found)
-    return worse
+        tally.judge(what, found)
+    return tally
 
 
 def check_revisions(
-    base: Ask, head: Ask, workloads: Sequence[Workload], least: float, rounds: int
-) -> list[str]:
-    """What takes longer at the head than at the base."""
-    worse = []
-    for workload in workloads:
-        for direction in workload.directions:
-            values = asdict(workload)
-            request = {"op": workload.op, "values": values, "direction": direction}
-            what = f"{workload.name}, {direction}"
-            try:
-                found = compare_in_turns(base, head, request, least, rounds)
-                if found.slower:
-                    found = compare_in_turns(base, head, request, least, 2 * rounds)
-            except NotTimed as reason:
-                print(f"revisions: {what}: {reason}")
-                worse += [f"{what}: {reason}"] if reason.side == "head" else []
-                continue
-            worse += report("revisions", what, found)
-    return worse
+    base: Ask, head: Ask, cases: Sequence[Case], least: float, rounds: int
+) -> Tally:
+    """What takes longer at the head than at the base, or fails on one side. A case that the base
+    does not know yet, as its op or a key is new, passes."""
+    tally = Tally("revisions")
+    for workload, direction in cases:
+        request = {"op": workload.op, "values": workload.named, "direction": direction}
+        what = f"{workload.name}, {direction}"
+        try:
+            found = compare_in_turns(base, head, request, least, rounds)
+            if found.slower:
+                found = compare_in_turns(base, head, request, least, 2 * rounds)
+        except NotCompared as reason:
+            if reason.side is None:
+                tally.skip(what, f"new at the head: {reason}")
+            else:
+                tally.fail(what, str(reason), reason.side)
+            continue
+        tally.judge(what, found)
+    return tally
 
 
-class NotTimed(Exception):
-    """side: base or head, whichever does not know the case or gets it wrong."""
+class NotCompared(Exception):
+    """side: base or head, whichever fails; None where the base does not know the case yet."""
 
-    def __init__(self, side: str, reason: str):
-        super().__init__(f"{side}: {reason}")
+    def __init__(self, side: str | None, reason: str):
+        super().__init__(reason)
         self.side = side
 
 
@@ -184,66 +186,22 @@ def compare_in_turns(base: Ask, head: Ask, request: Answer, least: float, rounds
     sides = {"base": base, "head": head}
     best: dict[str, list[float]] = {"base": [], "head": []}
     for turn in range(PAIRS + 1):
-        for side in sorted(sides, reverse=turn % 2 == 1):
-            answer = sides[side](request | {"rounds": rounds})
-            if "error" in answer:
-                raise NotTimed(side, answer["error"])
+        order = sorted(sides, reverse=turn % 2 == 1)
+        answers = {side: sides[side](request | {"rounds": rounds}) for side in order}
+        check_answers(answers)
+        for side, answer in answers.items():
             if turn > 0:  # the first turn warms up
                 best[side].append(min(answer["seconds"]))
     return compare_pairs(best["base"], best["head"], least)
 
 
-def report(gate: str, what: str, found: Verdict) -> list[str]:
-    sentence = f"{what}: {found}"
-    print(f"{gate}: {'SLOWER: ' if found.slower else ''}{sentence}", flush=True)
-    return [sentence] if found.slower else []
-
-
-@contextmanager
-def worktree(revision: str) -> Iterator[Path]:
-    """A checkout of a revision, beside this one, gone afterwards; or the folder that it names."""
-    if Path(revision).is_dir():
-        yield Path(revision).resolve()
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "base")
-        git = ["git", "-C", str(ROOT), "worktree"]
-        if subprocess.run([*git, "add", "--quiet", "--detach", path, revision]).returncode:
-            raise SystemExit(f"gate: --base takes a revision of git or a folder, got {revision!r}")
-        try:
-            yield path
-        finally:
-            subprocess.run([*git, "remove", "--force", path], check=True)
-
-
-@contextmanager
-def worker(checkout: Path, device: str) -> Iterator[Ask]:
-    """A process of bench/worker.py, of this revision, on the package of a checkout."""
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "bench/worker.py", device],
-        env=os.environ | {"PYTHONPATH": str(checkout)},
-        cwd=checkout, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stdin is not None and process.stdout is not None
-
-    def answer() -> Answer:
-        line = process.stdout.readline()  # type: ignore[union-attr]
-        if not line:
-            raise SystemExit(f"gate: the worker at {checkout} ended; its last lines are above")
-        return json.loads(line)
-
-    def ask(request: Answer) -> Answer:
-        print(json.dumps(request), file=process.stdin, flush=True)
-        return answer()
-
-    try:
-        package = Path(answer()["package"]).resolve()
-        if not package.is_relative_to(checkout.resolve()):
-            raise SystemExit(f"gate: the worker imported {package}, not the package of {checkout}")
-        yield ask
-    finally:
-        process.stdin.close()
-        process.wait()
+def check_answers(answers: dict[str, Answer]) -> None:
+    """Raises NotCompared where a side has no times; the head's reason counts more."""
+    base, head = answers["base"], answers["head"]
+    if "error" in head:
+        raise NotCompared("head", head["error"])
+    if "error" in base:
+        raise NotCompared(None if base.get("unknown") else "base", base["error"])
 
 
 def recorded_revision(device: str) -> str:
@@ -256,27 +214,34 @@ def recorded_revision(device: str) -> str:
     raise SystemExit(f"gate: --base last takes a record of a commit, and {folder} holds none")
 
 
-def compare_revisions(
-    revision: str, device: str, workloads: Sequence[Workload], rounds: int
-) -> list[str]:
+def compare_revisions(revision: str, device: str, cases: Sequence[Case], rounds: int) -> Tally:
     with ExitStack() as stack:
         base = stack.enter_context(worktree(revision))
         sides = [stack.enter_context(worker(checkout, device)) for checkout in (base, ROOT)]
-        return check_revisions(*sides, workloads, LEAST[device], rounds)
+        return check_revisions(*sides, cases, LEAST[device], rounds)
 
 
-def compare_with_records(seconds: float) -> list[str]:
-    worse = check_resources()
+def compare_with_records(seconds: float) -> Tally:
+    tally = check_resources()
     folder = RESULTS / slug(name_of(torch.device("cpu")))
     if not folder.exists():
         print(f"the rest: {folder.name} has no record: not compared; `make record` makes one")
-        return worse
+        return tally
     record = newest(folder)
-    worse += check_ratios(record, shipped("cpu"), seconds)
-    return worse + check_host(record) + check_start(record)
+    tally += check_ratios(record, shipped("cpu"), seconds)
+    return tally + check_host(record) + check_start(record)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def cases_of(words: Sequence[str]) -> list[Case]:
+    """OP key=value …, as `tossup bench` takes it: in the direction that it names, or in all.
+
+    Raises ConfigError where a word is wrong."""
+    workload, directions = parse(words)
+    return [(workload, direction) for direction in directions or workload.directions]
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Case]]:
+    """Options, and the cases of --case; what is wrong ends the process with a sentence."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.gate", description=__doc__.split("\n")[0]
     )
@@ -286,23 +251,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--case", action="append", default=[], metavar="'OP key=value …'",
         help="with --base: a shape of yours, as tossup bench takes it; not those shipped",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=5, help="of each turn; 5 by default")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a race; 2 by default")
+    parser.add_argument("--rounds", type=count, default=5, help="of each turn; 5 by default")
+    parser.add_argument("--seconds", type=seconds, default=2.0, help="of a race; 2 by default")
     options = parser.parse_args(arguments)
+    for name in ("case", "device"):
+        if getattr(options, name) and not options.base:
+            parser.error(f"--{name} takes --base REV as well: records hold shipped shapes of a CPU")
     try:
-        cases = [parse(words.split())[0] for words in options.case]
+        if options.device:
+            device_of(options.device, "--device")
+        return options, [case for words in options.case for case in cases_of(words.split())]
     except ConfigError as error:
         parser.error(str(error))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options, cases = parse_arguments(arguments)
     torch.set_num_threads(1)
     if options.base:
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         base = recorded_revision(device) if options.base == "last" else options.base
-        worse = compare_revisions(base, device, cases or shipped(device), options.rounds)
+        cases = cases or [(w, direction) for w in shipped(device) for direction in w.directions]
+        tally = compare_revisions(base, device, cases, options.rounds)
     else:
-        worse = compare_with_records(options.seconds)
-    print(f"gate: {len(worse)} worse" + "".join(f"\n  {sentence}" for sentence in worse))
-    return 1 if worse else 0
+        tally = compare_with_records(options.seconds)
+    print(f"gate: {tally.summary()}")
+    return 0 if tally.passes else 1
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     sys.exit(main())

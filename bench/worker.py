@@ -2,7 +2,8 @@
 
 bench/gate.py runs it twice, with PYTHONPATH at the base and at the head. Lines of JSON go in and
 out: {"op", "values", "direction", "rounds"} prepares a case where it is another than before, and is
-answered with {"seconds": […]}, or {"error": "…"} where this revision has no such case.
+answered with {"seconds": […]}, or {"error": "…"} where it fails, with "unknown" beside it where
+this revision has no such case.
 """
 
 import json
@@ -16,6 +17,10 @@ import tossup
 from tossup.autotune.errors import said
 from tossup.autotune.timing import CpuStopwatch, GpuStopwatch, Run
 from tossup.autotune.workloads import Prepared, Workload, build, first_results
+
+
+class Unknown(Exception):
+    """A case that this revision does not have: its op, a key, a value or the direction."""
 
 
 class Worker:
@@ -32,13 +37,15 @@ class Worker:
             self.prepared = None  # frees the memory of the last case first
             try:
                 self.prepared = case, self.prepare(**request)
+            except Unknown as error:
+                return {"error": said(error), "unknown": True}
             except Exception as error:  # of any library: the gate says which case it was
                 return {"error": said(error)}
         run = self.prepared[1]
         return {"seconds": [run.seconds() for _ in range(rounds)]}
 
     def prepare(self, op: str, values: dict[str, Any], direction: str) -> Run:
-        workload = build(op, values)
+        workload = find(op, values, direction)
         if self.workload is None or self.workload[0] != workload:
             self.workload = None  # frees the memory of the last one first
             self.workload = workload, workload.prepare(self.device)
@@ -48,6 +55,17 @@ class Worker:
         if wrong:
             raise ValueError(f"not timed: {wrong}")
         return self.stopwatch.prepare(prepared.ours[direction])
+
+
+def find(op: str, values: dict[str, Any], direction: str) -> Workload:
+    """The workload of a case, or Unknown."""
+    try:
+        workload = build(op, values)
+    except ValueError as error:
+        raise Unknown(str(error)) from error
+    if direction not in workload.directions:
+        raise Unknown(f"{op} takes {', '.join(workload.directions)}, got {direction!r}")
+    return workload
 
 
 def main() -> None:

@@ -139,13 +139,19 @@ class Workload(ABC):
         return batch, *own, dtype, active
 
     @property
-    def name(self) -> str:
-        """What one would type after `tossup bench` to get it."""
-        words = [
-            f"{key.name}={str(getattr(self, key.name)).lower()}"
+    def named(self) -> dict[str, Any]:
+        """What its name holds: no option that is at its default, which revisions before that option
+        need not know."""
+        return {
+            key.name: getattr(self, key.name)
             for key in self.keys()
             if not key.metadata.get("option") or getattr(self, key.name) != key.default
-        ]
+        }
+
+    @property
+    def name(self) -> str:
+        """What one would type after `tossup bench` to get it."""
+        words = (f"{key}={str(value).lower()}" for key, value in self.named.items())
         return " ".join((self.op, *words))
 
     @property

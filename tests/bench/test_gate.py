@@ -1,7 +1,13 @@
 """The gates, on injected times: what did not change passes, what was slowed down trips them."""
 
 import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +15,14 @@ import torch
 
 from bench import gate, host, startup
 from bench.records import new_record, newest, write_record
+from bench.tally import Tally
 from tossup.autotune import races
 from tossup.autotune.workloads import build
 from tossup.autotune.workloads import linear as linears
 
 WORKLOAD = build("linear", {"seqlen": 8, "in_features": 16, "out_features": 16, "dtype": "fp32"})
 CASES = [f"{WORKLOAD.name}, {direction}" for direction in WORKLOAD.directions]
+REQUEST = {"op": "linear", "values": {"seqlen": 8}, "direction": "forward", "rounds": 3}
 SEEDS = count()
 
 
@@ -33,18 +41,22 @@ def side(slow: dict[str, float], asked: list | None = None):
     return ask
 
 
-def revisions(base, head, least: float = 1.10) -> list[str]:
-    return gate.check_revisions(base, head, [WORKLOAD], least, rounds=5)
+def revisions(base, head, directions=WORKLOAD.directions) -> Tally:
+    cases = [(WORKLOAD, direction) for direction in directions]
+    return gate.check_revisions(base, head, cases, least=1.10, rounds=5)
 
 
 def test_a_head_as_fast_as_its_base_passes():
-    assert revisions(side({}), side({})) == []
-    assert revisions(side({"dgrad": 2.0}), side({})) == []  # faster
+    for slow in ({}, {"dgrad": 2.0}):  # at the base: the head is faster
+        tally = revisions(side(slow), side({}))
+        assert tally.passes and tally.summary() == "0 worse, 3 of 3 compared"
 
 
 def test_a_kernel_slowed_down_at_the_head_trips_the_gate_after_a_second_look():
     asked: list[str] = []
-    (sentence,) = revisions(side({}), side({"dgrad": 1.2}, asked))
+    tally = revisions(side({}), side({"dgrad": 1.2}, asked))
+    (sentence,) = tally.worse
+    assert not tally.passes and tally.summary() == f"1 worse, 3 of 3 compared\n  {sentence}"
     assert sentence.startswith(f"{CASES[1]}: 1.") and "× the time" in sentence
     assert asked.count("dgrad") == 2 * asked.count("forward")
 
@@ -56,16 +68,39 @@ def test_what_is_slower_only_once_passes():
         once = request["direction"] == "wgrad" and next(turns) <= gate.PAIRS
         return {"seconds": noise(request["rounds"], 1.5 if once else 1.0)}
 
-    assert revisions(side({}), ask) == []
+    assert revisions(side({}), ask).passes
 
 
-def test_a_case_that_the_base_does_not_know_passes_and_one_wrong_at_the_head_does_not(capsys):
-    refuse = lambda request: {"error": "not timed: out is off by 1"}  # noqa: E731
-    assert revisions(refuse, side({})) == []
-    assert "base: not timed: out is off by 1" in capsys.readouterr().out
-    assert revisions(side({}), refuse) == [
-        f"{case}: head: not timed: out is off by 1" for case in CASES
-    ]
+def refusing(direction: str | None = None, **answer):
+    """A worker that has no times for a direction, or for none."""
+    return lambda request: (
+        answer if direction in (None, request["direction"]) else side({})(request)
+    )
+
+
+@pytest.mark.parametrize("at", ["base", "head"])
+def test_a_case_that_fails_on_either_side_trips_the_gate(at, capsys):
+    fails = refusing("dgrad", error="not timed: out is off by 1")
+    tally = revisions(*(fails if side_ == at else side({}) for side_ in ("base", "head")))
+    sentence = f"{CASES[1]}: {at}: not timed: out is off by 1"
+    assert not tally.passes and sentence in capsys.readouterr().out
+    counts = "0 worse, 2 of 3 compared, 1 failed at the base"
+    counts = counts if at == "base" else "1 worse, 2 of 3 compared"
+    assert tally.summary() == f"{counts}\n  {sentence}"
+
+
+def test_a_case_that_is_new_at_the_head_passes_unless_there_is_no_other(capsys):
+    new = {"error": "linear takes the keys batch, got 'gain'", "unknown": True}
+    tally = revisions(refusing("dgrad", **new), side({}))
+    assert tally.passes and tally.summary() == "0 worse, 2 of 3 compared"
+    told = f"{CASES[1]}: new at the head: {new['error']}: not compared"
+    assert told in capsys.readouterr().out
+    tally = revisions(refusing(**new), side({}))
+    assert not tally.passes
+    assert tally.summary() == "0 worse, 0 of 3 compared\n  nothing was compared"
+    assert revisions(
+        refusing(**new), refusing(error="off")
+    ).worse  # fails at the head, which has it
 
 
 def recorded(slow: float = 1.0):
@@ -90,11 +125,10 @@ def record() -> dict:
 
 def test_ratios_to_peers_trip_the_gate_whatever_the_machine(monkeypatch):
     monkeypatch.setattr(gate, "race", recorded())
-    assert gate.check_ratios(record(), [WORKLOAD], 0.0) == []
+    assert gate.check_ratios(record(), [WORKLOAD], 0.0).passes
     monkeypatch.setattr(gate, "race", recorded(slow=1.5))
-    assert [
-        s.partition(", by torch: 1.")[0] for s in gate.check_ratios(record(), [WORKLOAD], 0.0)
-    ] == CASES
+    worse = gate.check_ratios(record(), [WORKLOAD], 0.0).worse
+    assert [sentence.partition(", by torch: 1.")[0] for sentence in worse] == CASES
 
 
 def test_what_can_no_longer_be_measured_is_told(monkeypatch, capsys):
@@ -102,11 +136,12 @@ def test_what_can_no_longer_be_measured_is_told(monkeypatch, capsys):
     for race in gone["races"]:
         race["entrants"]["gone"] = {"seconds": noise(20)}
     monkeypatch.setattr(gate, "race", recorded())
-    assert gate.check_ratios(gone, [WORKLOAD], 0.0) == []
+    tally = gate.check_ratios(gone, [WORKLOAD], 0.0)
+    assert tally.passes and (tally.compared, tally.cases) == (3, 6)
     told = capsys.readouterr().out
     assert all(f"{case}, by gone: not measured here: not compared" in told for case in CASES)
     monkeypatch.setattr(startup, "measure", lambda: {"import tossup": noise(5, 0.2)})
-    assert gate.check_start(gone) == []
+    assert gate.check_start(gone).passes
     assert "start: first call of old: not measured here" in capsys.readouterr().out
 
 
@@ -130,9 +165,9 @@ def test_an_op_slowed_down_on_the_cpu_trips_the_gate(monkeypatch):
     monkeypatch.setattr(linears, "linear", ticking(linear, 1))
     cpu = torch.device("cpu")
     before = {"races": races.race(WORKLOAD, cpu, ["forward"], 0.01)}
-    assert gate.check_ratios(before, [WORKLOAD], 0.01) == []
+    assert gate.check_ratios(before, [WORKLOAD], 0.01).passes
     monkeypatch.setattr(linears, "linear", ticking(linear, 2))
-    (sentence,) = gate.check_ratios(before, [WORKLOAD], 0.01)
+    (sentence,) = gate.check_ratios(before, [WORKLOAD], 0.01).worse
     assert sentence.startswith(f"{CASES[0]}, by torch: ")
 
 
@@ -141,14 +176,14 @@ def test_a_slower_way_to_the_gpu_trips_the_gate(monkeypatch):
     for factor, worse in ((1.0, 0), (0.5, 0), (1.6, 1)):
         found = {"linear, forward": noise(5, 12.0 * factor), "linear, wgrad": noise(5, 15.0)}
         monkeypatch.setattr(host, "measure", lambda found=found: found)
-        assert len(gate.check_host(before)) == worse
+        assert len(gate.check_host(before).worse) == worse
 
 
 def test_a_slower_start_trips_the_gate_unless_it_is_negligible(monkeypatch):
     for shares, worse in (((0.2, 0.01), 0), ((0.2, 0.04), 0), ((0.4, 0.01), 1), ((0.2, 0.2), 1)):
         found = {"import tossup": noise(5, shares[0]), "first call": noise(5, shares[1])}
         monkeypatch.setattr(startup, "measure", lambda found=found: found)
-        assert len(gate.check_start(record())) == worse
+        assert len(gate.check_start(record()).worse) == worse
 
 
 def test_resources_trip_the_gate(monkeypatch, tmp_path, capsys):
@@ -157,34 +192,117 @@ def test_resources_trip_the_gate(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gate, "RESOURCES", tmp_path)
     monkeypatch.setattr(gate, "inspect", lambda archs: {"a": kernel | {"registers": 10}})
     committed = tmp_path / f"{gate.triton.__version__}.json"
-    (missing,) = gate.check_resources()
+    (missing,) = gate.check_resources().worse
     assert missing.startswith(f"{committed.name} is not there: ")
     committed.write_text(json.dumps({"a": kernel}))
-    assert gate.check_resources() == ["a: registers 9 → 10"]
+    assert gate.check_resources().worse == ["a: registers 9 → 10"]
     committed.write_text(json.dumps({"a": kernel | {"registers": 11}}))
-    assert gate.check_resources() == []
+    assert gate.check_resources().passes
     assert "better, and to be committed: a: registers 11 → 10" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("worse", "code"), [([], 0), (["a: slower"], 1)])
-def test_the_exit_code_says_whether_anything_is_worse(monkeypatch, worse, code, capsys):
-    monkeypatch.setattr(gate, "compare_with_records", lambda seconds: worse)
+@pytest.mark.parametrize(("tally", "code"), [
+    (Tally("any", 2, 1), 0),
+    (Tally("any", 2, 2, ["a: slower"]), 1),
+    (Tally("any", 2, 1, [], ["a: base: broken"]), 1),
+    (Tally("any", 2, 0), 1),
+])  # fmt: skip
+def test_the_exit_code_says_whether_anything_is_worse_or_nothing_compared(
+    monkeypatch, tally, code, capsys
+):
+    monkeypatch.setattr(gate, "compare_with_records", lambda seconds: tally)
     assert gate.main([]) == code
-    assert f"gate: {len(worse)} worse" in capsys.readouterr().out
+    assert f"gate: {len(tally.worse)} worse, {tally.compared} of 2" in capsys.readouterr().out
 
 
 def test_a_worker_times_the_package_of_its_checkout():
     with gate.worker(gate.ROOT, "cpu") as ask:
-        request = {"op": "linear", "values": {"seqlen": 8}, "direction": "forward", "rounds": 3}
-        seconds = ask(request)["seconds"]
+        seconds = ask(REQUEST)["seconds"]
         assert len(seconds) == 3 and min(seconds) > 0
-        assert "takes the keys" in ask(request | {"values": {"no": 1}})["error"]
+        for wrong, sentence in (
+            ({"op": "liner"}, "OP takes attention, "),
+            ({"values": {"no": 1}}, "takes the keys"),
+            ({"direction": "sideways"}, "takes forward, dgrad, wgrad, got 'sideways'"),
+        ):
+            answer = ask(REQUEST | wrong)
+            assert sentence in answer["error"] and answer["unknown"]
+
+
+def test_what_breaks_a_case_at_the_base_is_no_new_case(tmp_path):
+    """The package of a folder, in which the backend of an op has an error."""
+    for name in ("tossup", "kernels", "autotune", "supernet"):
+        skip = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(gate.ROOT / name, tmp_path / name, symlinks=True, ignore=skip)
+    with open(tmp_path / "kernels/linear/cpu.py", "a") as file:
+        file.write('raise RuntimeError("broken base")\n')
+    with gate.worktree(str(tmp_path)) as base, gate.worker(base, "cpu") as ask:
+        assert ask(REQUEST) == {"error": "broken base"}
+
+
+def test_a_base_is_asked_for_no_option_that_it_may_not_know():
+    asked = []
+    fails = lambda request: asked.append(request) or {"error": "any"}  # noqa: E731
+    revisions(fails, fails, ["forward"])
+    assert asked[0]["values"] == {
+        "batch": 1, "seqlen": 8, "in_features": 16, "out_features": 16, "dtype": "fp32",
+    }  # fmt: skip
+
+
+def compared_cases(monkeypatch, *words: str) -> list[str]:
+    """What a command line has compared."""
+    cases = []
+
+    def compare(base, device, found, rounds):
+        cases.extend(f"{workload.name}, {direction}" for workload, direction in found)
+        return Tally("any", 1, 1)
+
+    monkeypatch.setattr(gate, "compare_revisions", compare)
+    assert gate.main(["--base", "HEAD", "--device", "cpu", *words]) == 0
+    return cases
+
+
+def test_a_case_is_compared_in_the_direction_that_it_names_or_in_all(monkeypatch):
+    case = WORKLOAD.name
+    assert compared_cases(monkeypatch, "--case", case) == CASES
+    assert compared_cases(monkeypatch, "--case", f"{case} direction=dgrad") == [CASES[1]]
+    both = ("--case", f"{case} direction=wgrad", "--case", f"{case} direction=forward")
+    assert compared_cases(monkeypatch, *both) == [CASES[2], CASES[0]]
+    assert len(compared_cases(monkeypatch)) > len(CASES)  # all that are shipped
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--case linear", "--case takes --base REV as well"),
+        ("--device cpu", "--device takes --base REV as well"),
+        ("--rounds 0", "argument --rounds: takes a whole number from 1 on, got '0'"),
+        ("--rounds 1.5", "argument --rounds: takes a whole number from 1 on, got '1.5'"),
+        ("--seconds -1", "argument --seconds: takes a number of seconds above 0, got '-1'"),
+        ("--seconds nan", "argument --seconds: takes a number of seconds above 0, got 'nan'"),
+        ("--seconds two", "argument --seconds: takes a number of seconds above 0, got 'two'"),
+        pytest.param(
+            "--base HEAD --device cuda", "--device takes a device of this machine, .* got 'cuda'",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it is one here"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_a_sentence(words, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(gate, "compare_with_records", lambda seconds: Tally("any", 1, 1))
+    with pytest.raises(SystemExit) as end:
+        gate.main(words.split())
+    assert end.value.code == 2
+    assert re.search(f"bench.gate: error: {sentence}", capsys.readouterr().err)
 
 
 def test_the_last_record_of_a_commit_names_the_base(monkeypatch, tmp_path):
     monkeypatch.setattr(gate, "RESULTS", tmp_path)
     bases = []
-    monkeypatch.setattr(gate, "compare_revisions", lambda base, *others: bases.append(base) or [])
+
+    def compare(base, *others):
+        bases.append(base)
+        return Tally("any", 1, 1)
+
+    monkeypatch.setattr(gate, "compare_revisions", compare)
     commits = ("abc-dirty", None, "0123456789ab", "fedcba987654", "def-dirty")
     for day, commit in enumerate(commits, 1):
         time = f"2026-01-0{day}T00:00:00+00:00"
@@ -199,11 +317,47 @@ def test_the_last_record_of_a_commit_names_the_base(monkeypatch, tmp_path):
     assert bases == ["0123456789ab", "fedcba987654", "fedcba987654"]
 
 
-def test_a_worker_with_another_package_is_refused(tmp_path):
+def test_a_folder_without_the_package_is_refused(tmp_path):
+    """Though one lies below it, as in a virtual environment."""
+    below = tmp_path / "venv/tossup"
+    below.mkdir(parents=True)
+    (below / "__init__.py").touch()
+    for base in (str(tmp_path), "no-such-revision"):
+        with pytest.raises(SystemExit, match=f"takes a revision of git, or a folder .* '{base}'"):
+            with gate.worktree(base):
+                pass
     (tmp_path / "tossup").symlink_to(gate.ROOT / "tossup")
     with pytest.raises(SystemExit, match="not the package of"):
         with gate.worker(tmp_path, "cpu"):
             pass
+
+
+WAIT = """
+import sys, time
+from pathlib import Path
+from bench import checkouts
+checkouts.ROOT = Path(sys.argv[1])
+checkouts.end_on_sigterm()
+with checkouts.worktree("HEAD") as path:
+    print(path, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="worktrees are git's")
+def test_a_gate_that_is_ended_takes_its_worktree_away(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@example.com"]
+    for words in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "--message=m"]):
+        subprocess.run([*git, *words], check=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAIT, tmp_path], cwd=gate.ROOT, text=True, stdout=subprocess.PIPE
+    )
+    path = process.stdout.readline().strip()
+    assert Path(path).is_dir()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    listed = subprocess.run([*git, "worktree", "list"], text=True, capture_output=True).stdout
+    assert not Path(path).parent.exists() and len(listed.splitlines()) == 1
 
 
 def test_records_are_written_whole_and_the_newest_is_found(tmp_path):
