@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -49,12 +49,21 @@ def worktree(revision: str) -> Iterator[Path]:
                 subprocess.run([*git, "remove", "--force", "--force", path])
 
 
+def own_path() -> Iterator[str]:
+    """Where `python -m` finds modules beside those installed, for a process in another folder."""
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    yield from (os.path.abspath(folder) for folder in (*filter(None, named), os.curdir))
+
+
 @contextmanager
-def worker(checkout: Path, device: str) -> Iterator[Ask]:
-    """A process of bench/worker.py, of this revision, on the package of a checkout."""
+def worker(checkout: Path, device: str, modules: Sequence[str] = ()) -> Iterator[Ask]:
+    """A process of bench/worker.py, of this revision, on the package of a checkout.
+
+    modules: what it imports for workloads of a user's, from the checkout, or from where this
+    process finds them."""
     process = subprocess.Popen(
-        [sys.executable, ROOT / "bench/worker.py", device],
-        env=os.environ | {"PYTHONPATH": str(checkout)},
+        [sys.executable, "-P", ROOT / "bench/worker.py", device, *modules],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(checkout), *own_path()])},
         cwd=checkout, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None
@@ -71,9 +80,12 @@ def worker(checkout: Path, device: str) -> Iterator[Ask]:
         return answer()
 
     try:
-        package = Path(answer()["package"]).resolve()
+        began = answer()
+        package = Path(began["package"]).resolve()
         if package != checkout.resolve() / PACKAGE:
             raise SystemExit(f"gate: the worker imported {package}, not the package of {checkout}")
+        if "error" in began:
+            raise SystemExit(f"gate: --workloads at {checkout}: {began['error']}")
         yield ask
     except BaseException:
         process.kill()  # nobody waits for what it was asked

@@ -29,7 +29,7 @@ import triton
 
 from bench import host, startup
 from bench.checkouts import ROOT, Answer, Ask, end_on_sigterm, worker, worktree
-from bench.options import count, seconds
+from bench.options import add_workloads, count, seconds
 from bench.records import RESULTS, newest, newest_first
 from bench.tally import Tally
 from tossup.autotune.inspection import inspect
@@ -39,7 +39,7 @@ from tossup.autotune.regression import Verdict, compare_pairs, compare_samples
 from tossup.autotune.resources import changes
 from tossup.autotune.workloads import Workload, shipped
 from tossup.kernels.configs import slug
-from tossup.supernet.benchmark import parse
+from tossup.supernet.benchmark import add_ops, parse
 from tossup.supernet.devices import device_of
 from tossup.supernet.errors import ConfigError
 
@@ -214,10 +214,13 @@ def recorded_revision(device: str) -> str:
     raise SystemExit(f"gate: --base last takes a record of a commit, and {folder} holds none")
 
 
-def compare_revisions(revision: str, device: str, cases: Sequence[Case], rounds: int) -> Tally:
+def compare_revisions(
+    revision: str, device: str, cases: Sequence[Case], rounds: int, modules: Sequence[str] = ()
+) -> Tally:
+    """modules: that add workloads of a user's, for both workers to import."""
     with ExitStack() as stack:
         base = stack.enter_context(worktree(revision))
-        sides = [stack.enter_context(worker(checkout, device)) for checkout in (base, ROOT)]
+        sides = [stack.enter_context(worker(path, device, modules)) for path in (base, ROOT)]
         return check_revisions(*sides, cases, LEAST[device], rounds)
 
 
@@ -251,13 +254,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
         "--case", action="append", default=[], metavar="'OP key=value …'",
         help="with --base: a shape of yours, as tossup bench takes it; not those shipped",
     )  # fmt: skip
+    add_workloads(parser)
     parser.add_argument("--rounds", type=count, default=5, help="of each turn; 5 by default")
     parser.add_argument("--seconds", type=seconds, default=2.0, help="of a race; 2 by default")
     options = parser.parse_args(arguments)
-    for name in ("case", "device"):
+    for name in ("case", "device", "workloads"):
         if getattr(options, name) and not options.base:
             parser.error(f"--{name} takes --base REV as well: records hold shipped shapes of a CPU")
     try:
+        add_ops(options.workloads)
         if options.device:
             device_of(options.device, "--device")
         return options, [case for words in options.case for case in cases_of(words.split())]
@@ -272,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         base = recorded_revision(device) if options.base == "last" else options.base
         cases = cases or [(w, direction) for w in shipped(device) for direction in w.directions]
-        tally = compare_revisions(base, device, cases, options.rounds)
+        tally = compare_revisions(base, device, cases, options.rounds, options.workloads)
     else:
         tally = compare_with_records(options.seconds)
     print(f"gate: {tally.summary()}")

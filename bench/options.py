@@ -1,4 +1,4 @@
-"""Types of arguments that command lines here share."""
+"""What command lines here share: types of arguments, and the option for workloads of a user's."""
 
 import argparse
 import math
@@ -20,3 +20,10 @@ def seconds(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"takes a number of seconds above 0, got {text!r}")
     return value
+
+
+def add_workloads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workloads", action="append", default=[], metavar="MODULE",
+        help="import what adds workloads of yours; may be given again",
+    )  # fmt: skip

@@ -2,7 +2,8 @@
 
 Each op has a process of its own, so that one that fails, or outlasts its time, takes no other
 along: what it raced before is kept. A case whose result is wrong has a reason in place of times,
-and the exit code is 1.
+and the exit code is 1. `--workloads` adds a user's, in the shapes that their module adds to ON_CPU
+or ON_GPU.
 """
 
 import argparse
@@ -17,10 +18,14 @@ from typing import Any
 import torch
 
 from bench import host, startup
+from bench.options import add_workloads, seconds
 from bench.records import RESULTS, new_record, write_record
 from tossup.autotune.errors import said
 from tossup.autotune.races import Race, table
 from tossup.autotune.workloads import OPS, shipped
+from tossup.supernet.benchmark import add_ops
+from tossup.supernet.devices import device_of
+from tossup.supernet.errors import ConfigError
 
 
 def race_op(op: str, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
@@ -43,6 +48,7 @@ def in_process(op: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         command = [
             sys.executable, "-m", "bench.record", "--device", options.device, "--seconds",
             str(options.seconds), "--op", op, "--append", str(path),
+            *(f"--workloads={module}" for module in options.workloads),
         ]  # fmt: skip
         failed = None
         try:
@@ -59,15 +65,31 @@ def in_process(op: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     return races
 
 
-def main() -> int:
+def parse_arguments() -> argparse.Namespace:
+    """Options; what is wrong ends the process with a sentence."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--seconds", type=float, default=2.0, help="of one race; 2 by default")
-    parser.add_argument("--limit", type=float, default=1200.0, help="seconds for each op")
-    parser.add_argument("--op", nargs="+", default=list(OPS), choices=OPS, help="all by default")
+    parser.add_argument("--seconds", type=seconds, default=2.0, help="of one race; 2 by default")
+    parser.add_argument("--limit", type=seconds, default=1200.0, help="seconds for each op")
+    parser.add_argument("--op", nargs="+", default=[], help="all by default")
+    add_workloads(parser)
     parser.add_argument("--output", type=Path, default=RESULTS, help="bench/results by default")
     parser.add_argument("--append", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    try:
+        add_ops(options.workloads)
+        device_of(options.device, "--device")
+    except ConfigError as error:
+        parser.error(str(error))
+    options.op = options.op or list(OPS)
+    for op in options.op:
+        if op not in OPS:
+            parser.error(f"--op takes {', '.join(OPS)}, got {op!r}")
+    return options
+
+
+def main() -> int:
+    options = parse_arguments()
     torch.set_num_threads(1)
     device = torch.device(options.device)
     if options.append:

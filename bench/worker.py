@@ -1,14 +1,17 @@
 """One side of a comparison of two revisions: times ours as asked, in the checkout on its path.
 
-bench/gate.py runs it twice, with PYTHONPATH at the base and at the head. Lines of JSON go in and
-out: {"op", "values", "direction", "rounds"} prepares a case where it is another than before, and is
-answered with {"seconds": […]}, or {"error": "…"} where it fails, with "unknown" beside it where
-this revision has no such case.
+bench/gate.py runs it twice, with PYTHONPATH at the base and at the head, and with the modules that
+add workloads of a user's. Lines of JSON go in and out. The first names the {"package"}, and has an
+"error" where a module cannot be imported. Then {"op", "values", "direction", "rounds"} prepares a
+case where it is another than before, and is answered with {"seconds": […]}, or {"error": "…"} where
+it fails, with "unknown" beside it where this revision has no such case.
 """
 
 import json
 import os
 import sys
+from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -68,12 +71,23 @@ def find(op: str, values: dict[str, Any], direction: str) -> Workload:
     return workload
 
 
+def import_all(modules: Sequence[str]) -> dict[str, str]:
+    """By this file, as the package of a base may not know how."""
+    for module in modules:
+        try:
+            import_module(module)
+        except Exception as error:  # of any library: the gate tells
+            return {"error": f"{module} cannot be imported: {said(error)}"}
+    return {}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print, compilers too, must not mix in
-    worker = Worker(sys.argv[1])
-    print(json.dumps({"package": tossup.__file__}), file=answers, flush=True)
+    device, *modules = sys.argv[1:]
+    worker = Worker(device)
+    print(json.dumps({"package": tossup.__file__} | import_all(modules)), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(worker.answer(json.loads(line))), file=answers, flush=True)
 

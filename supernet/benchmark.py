@@ -6,7 +6,7 @@ from typing import Any
 
 from ..autotune.machine import describe
 from ..autotune.races import race, table
-from ..autotune.workloads import OPS, Workload, build, keys
+from ..autotune.workloads import OPS, Workload, build, import_workloads, keys
 from .devices import device_of
 from .errors import ConfigError
 from .loader import apply_override, in_yaml
@@ -14,11 +14,12 @@ from .loader import apply_override, in_yaml
 SECONDS = {"cpu": 10.0, "cuda": 1.0}  # of one race
 
 
-def benchmark(words: Sequence[str], device: str, as_json: bool) -> str:
-    """What to print. words: OP key=value …
+def benchmark(words: Sequence[str], device: str, as_json: bool, modules: Sequence[str] = ()) -> str:
+    """What to print. words: OP key=value … modules: that add ops to those known.
 
     Raises ConfigError where a word is wrong, and WrongResult where ours is, and has no time.
     """
+    add_ops(modules)
     workload, directions = parse(words)
     where = device_of(device, "--device")
     races = race(workload, where, directions, SECONDS[where.type])
@@ -27,6 +28,14 @@ def benchmark(words: Sequence[str], device: str, as_json: bool) -> str:
         return json.dumps(about | {"races": races}, indent=1)
     versions = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
     return f"{about['device']}; {versions}; commit {about['commit']}\n{table(races)}"
+
+
+def add_ops(modules: Sequence[str]) -> None:
+    """Those of a user's modules. Raises ConfigError where one cannot be imported."""
+    try:
+        import_workloads(modules)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def parse(words: Sequence[str]) -> tuple[Workload, list[str]]:

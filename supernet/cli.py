@@ -140,11 +140,11 @@ def inspect(
     print(json.dumps(found, indent=1) if as_json else table(reports))
 
 
-def bench(words: Sequence[str], device: str, as_json: bool) -> None:
+def bench(words: Sequence[str], device: str, as_json: bool, modules: Sequence[str] = ()) -> None:
     """race an op against its peers, on a shape of yours"""
     from .benchmark import benchmark
 
-    print(benchmark(words, device, as_json))
+    print(benchmark(words, device, as_json, modules))
 
 
 def tune(words: Sequence[str], archs: Sequence[str], again: bool, output: Path | None) -> None:
@@ -257,13 +257,20 @@ def add_bench(commands: Any) -> None:
     sub.add_argument("words", nargs="*", metavar="OP key=value", help="an op, and its keys")
     sub.add_argument("--device", default="cpu", help="cpu, the default, or cuda")
     sub.add_argument("--json", action="store_true", help="print JSON, with every round's seconds")
+    sub.add_argument(
+        "--workloads", action="append", default=[], metavar="MODULE",
+        help="import what adds ops of yours; may be given again (bench/README.md shows one)",
+    )  # fmt: skip
 
     def ops() -> Iterable[str]:
         from .benchmark import describe_ops
 
         return describe_ops(directed=True)
 
-    runs(sub, lambda o: bench(o.words, o.device, o.json), "ops and their keys", ops)
+    def run(options: argparse.Namespace) -> None:
+        bench(options.words, options.device, options.json, options.workloads)
+
+    runs(sub, run, "ops and their keys", ops)
 
 
 def add_inspect(commands: Any) -> None:

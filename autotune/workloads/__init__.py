@@ -1,11 +1,16 @@
 """The registry: every op that is measured, and the shapes that benchmarks and gates take.
 
-Benchmarks, `tossup bench`, device runs, gates and the tuner are all made from it.
+Benchmarks, `tossup bench`, device runs, gates and the tuner are all made from it. What a module of
+a user's needs to add a workload is here too: bench/README.md shows one, and `--workloads` of
+`tossup bench`, bench/gate.py and bench/record.py imports it.
 """
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
+from ..errors import said
+from ..peaks import Floor
 from .adamw import AdamW
 from .attention import Attention
 from .causal_conv1d import CausalConv1d
@@ -16,27 +21,49 @@ from .rotary import Rotary
 from .selective_scan import SelectiveScan
 from .selective_state_update import SelectiveStateUpdate
 from .workload import (
+    Advance,
     Calls,
     Expected,
+    Index,
     MissingPeer,
     Prepared,
     Results,
+    SequenceWorkload,
     Workload,
+    by_torch,
+    compiled,
+    differentiable,
     first_results,
+    normal,
+    option,
+    size,
 )
 
 __all__ = [
+    "ON_CPU",
+    "ON_GPU",
     "OPS",
+    "Advance",
     "Calls",
     "Expected",
+    "Floor",
+    "Index",
     "MissingPeer",
     "Prepared",
     "Results",
+    "SequenceWorkload",
     "Workload",
     "build",
+    "by_torch",
+    "compiled",
+    "differentiable",
     "first_results",
+    "import_workloads",
     "keys",
+    "normal",
+    "option",
     "shipped",
+    "size",
 ]
 
 OPS: dict[str, type[Workload]] = {
@@ -75,12 +102,27 @@ def keys(op: str) -> dict[str, tuple[Any, str]]:
     return {f.name: (f.default, f.metadata["about"]) for f in OPS[op].keys()}
 
 
+def import_workloads(modules: Sequence[str]) -> None:
+    """Import modules, by name, that add workloads of their own to OPS, and shapes of them to ON_CPU
+    and ON_GPU where these are to be measured beside those shipped.
+
+    Raises ValueError, one sentence, for a module that cannot be imported.
+    """
+    for module in modules:
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise ValueError(
+                f"--workloads takes a module that can be imported, got {module!r}: {said(error)}"
+            ) from error
+
+
 def shipped(device_type: str) -> tuple[Workload, ...]:
     """The workloads of `make bench` and the gates on a CPU, and of a device run on a GPU."""
-    return ON_GPU if device_type == "cuda" else ON_CPU
+    return tuple(ON_GPU if device_type == "cuda" else ON_CPU)
 
 
-ON_CPU: tuple[Workload, ...] = (
+ON_CPU: list[Workload] = [
     Attention(batch=2, seqlen=512, heads=8, kv_heads=8, head_dim=64, dtype="fp32"),
     SelectiveScan(batch=2, seqlen=512, dim=128, dtype="fp32"),
     SelectiveScan(batch=4, seqlen=512, dim=128, dtype="fp32", active=2),
@@ -92,9 +134,9 @@ ON_CPU: tuple[Workload, ...] = (
     SelectiveStateUpdate(batch=64, dim=1024, dtype="fp32"),
     CausalConv1dUpdate(batch=64, dim=1024, dtype="fp32"),
     AdamW(elements=1 << 15),
-)
+]
 
-ON_GPU: tuple[Workload, ...] = (
+ON_GPU: list[Workload] = [
     *(
         Attention(batch=16384 // n, seqlen=n, heads=16, kv_heads=16)
         for n in (2048, 4096, 8192, 16384)
@@ -131,4 +173,4 @@ ON_GPU: tuple[Workload, ...] = (
     AdamW(),
     AdamW(active=1),
     AdamW(parameters=64, elements=1 << 14),
-)  # fmt: skip
+]  # fmt: skip

@@ -16,6 +16,7 @@ import torch
 from bench import gate, host, startup
 from bench.records import new_record, newest, write_record
 from bench.tally import Tally
+from tests.bench.copies import copy_folders
 from tossup.autotune import races
 from tossup.autotune.workloads import build
 from tossup.autotune.workloads import linear as linears
@@ -230,9 +231,7 @@ def test_a_worker_times_the_package_of_its_checkout():
 
 def test_what_breaks_a_case_at_the_base_is_no_new_case(tmp_path):
     """The package of a folder, in which the backend of an op has an error."""
-    for name in ("tossup", "kernels", "autotune", "supernet"):
-        skip = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(gate.ROOT / name, tmp_path / name, symlinks=True, ignore=skip)
+    copy_folders(tmp_path)
     with open(tmp_path / "kernels/linear/cpu.py", "a") as file:
         file.write('raise RuntimeError("broken base")\n')
     with gate.worktree(str(tmp_path)) as base, gate.worker(base, "cpu") as ask:
@@ -252,7 +251,7 @@ def compared_cases(monkeypatch, *words: str) -> list[str]:
     """What a command line has compared."""
     cases = []
 
-    def compare(base, device, found, rounds):
+    def compare(base, device, found, *others):
         cases.extend(f"{workload.name}, {direction}" for workload, direction in found)
         return Tally("any", 1, 1)
 
@@ -275,6 +274,8 @@ def test_a_case_is_compared_in_the_direction_that_it_names_or_in_all(monkeypatch
     [
         ("--case linear", "--case takes --base REV as well"),
         ("--device cpu", "--device takes --base REV as well"),
+        ("--workloads json", "--workloads takes --base REV as well"),
+        ("--base HEAD --workloads absent", "--workloads takes a module that can be .* 'absent'"),
         ("--rounds 0", "argument --rounds: takes a whole number from 1 on, got '0'"),
         ("--rounds 1.5", "argument --rounds: takes a whole number from 1 on, got '1.5'"),
         ("--seconds -1", "argument --seconds: takes a number of seconds above 0, got '-1'"),

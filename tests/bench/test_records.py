@@ -75,7 +75,7 @@ def test_a_wrong_result_has_a_reason_in_place_of_times(monkeypatch):
 
 
 def test_a_process_that_ends_early_keeps_what_it_did(monkeypatch):
-    options = SimpleNamespace(device="cpu", seconds=0.0, limit=5.0)
+    options = SimpleNamespace(device="cpu", seconds=0.0, limit=5.0, workloads=[])
 
     def run(command, timeout):
         path = command[command.index("--append") + 1]
