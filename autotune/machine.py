@@ -14,8 +14,8 @@ PACKAGES = ("triton", "numba", "numpy", "mamba-ssm", "causal-conv1d", "transform
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Hardware, versions and commit, as JSON. Of a CPU also the threads that ran, and how many were
-    ready to run on its cores in the last five minutes, ours and others'."""
+    """Hardware, versions and, where it is known, commit, as JSON. Of a CPU also the threads that
+    ran, and how many were ready to run on its cores in the last five minutes, ours and others'."""
     about: dict[str, Any] = {"device": name_of(device)}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -30,7 +30,8 @@ def describe(device: torch.device) -> dict[str, Any]:
     # torch's own names the build, which what is installed need not
     about["packages"] = {"torch": torch.__version__}
     about["packages"] |= {name: found for name in PACKAGES if (found := version_of(name))}
-    about["commit"] = commit()
+    if (at := commit()) is not None:
+        about["commit"] = at
     return about
 
 

@@ -22,10 +22,9 @@ from bench.options import add_workloads, seconds
 from bench.records import RESULTS, new_record, write_record
 from tossup.autotune.errors import said
 from tossup.autotune.races import Race, table
-from tossup.autotune.workloads import OPS, shipped
+from tossup.autotune.workloads import OPS, op_named, shipped
 from tossup.supernet.benchmark import add_ops
 from tossup.supernet.devices import device_of
-from tossup.supernet.errors import ConfigError
 
 
 def race_op(op: str, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
@@ -79,12 +78,9 @@ def parse_arguments() -> argparse.Namespace:
     try:
         add_ops(options.workloads)
         device_of(options.device, "--device")
-    except ConfigError as error:
+        options.op = [op_named(name) for name in options.op or OPS]
+    except ValueError as error:
         parser.error(str(error))
-    options.op = options.op or list(OPS)
-    for op in options.op:
-        if op not in OPS:
-            parser.error(f"--op takes {', '.join(OPS)}, got {op!r}")
     return options
 
 

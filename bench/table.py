@@ -25,11 +25,12 @@ def markdown(record: dict[str, Any]) -> str:
     threads = ""
     if "threads" in record:
         threads = f", threads: {record['threads']}, load {record['load']:.1f} on {record['cores']}"
+    commit = f", commit {record['commit']}" if record.get("commit") else ""
     on_gpu = "threads" not in record
     extra = [" ours, TFLOP/s | of the floor |", "---|---|"] if on_gpu else ["", ""]
     lines = [
-        f"{record['device']}{threads}; {versions}; {record['time'][:10]}, commit "
-        f"{record['commit']}. Medians, and from 20 % to 80 % of the runs.",
+        f"{record['device']}{threads}; {versions}; {record['time'][:10]}{commit}. "
+        "Medians, and from 20 % to 80 % of the runs.",
         "",
         f"| case | ours, ms | peer | peer, ms | peer / ours |{extra[0]}",
         f"|---|---|---|---|---|{extra[1]}",

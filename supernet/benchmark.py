@@ -6,7 +6,7 @@ from typing import Any
 
 from ..autotune.machine import describe
 from ..autotune.races import race, table
-from ..autotune.workloads import OPS, Workload, build, import_workloads, keys
+from ..autotune.workloads import ALIASES, OPS, Workload, build, import_workloads, keys
 from .devices import device_of
 from .errors import ConfigError
 from .loader import apply_override, in_yaml
@@ -27,7 +27,8 @@ def benchmark(words: Sequence[str], device: str, as_json: bool, modules: Sequenc
     if as_json:
         return json.dumps(about | {"races": races}, indent=1)
     versions = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
-    return f"{about['device']}; {versions}; commit {about['commit']}\n{table(races)}"
+    commit = f"; commit {about['commit']}" if "commit" in about else ""
+    return f"{about['device']}; {versions}{commit}\n{table(races)}"
 
 
 def add_ops(modules: Sequence[str]) -> None:
@@ -63,7 +64,7 @@ def describe_ops(directed: bool) -> Iterator[str]:
     directed: whether a direction is a key.
     """
     for op, kind in OPS.items():
-        yield op
+        yield ", or ".join([op, *(name for name, other in ALIASES.items() if other == op)])
         for key, (default, about) in keys(op).items():
             yield f"  {key}: {in_yaml(default)}  ({about})"
         if directed:

@@ -124,8 +124,11 @@ def inspect(
 
     from ..autotune.inspection import ARCHS, OPS, table
     from ..autotune.inspection import inspect as inspect_kernels
+    from ..autotune.workloads import ALIASES
     from ..kernels.configs import path_of
 
+    folders = {op: folder for folder, op in ALIASES.items()}
+    ops = [folders.get(op, op) for op in ops]
     if triton.knobs.runtime.interpret:
         raise ConfigError("TRITON_INTERPRET must be unset: the interpreter compiles nothing")
     names = [f"sm_{arch}" for arch in ARCHS]
@@ -284,8 +287,11 @@ def add_inspect(commands: Any) -> None:
 
     def known() -> Iterable[str]:
         from ..autotune.inspection import ARCHS, OPS
+        from ..autotune.workloads import ALIASES
 
-        return [f"--arch {' '.join(f'sm_{arch}' for arch in ARCHS)}", f"--op {' '.join(OPS)}"]
+        yield f"--arch {' '.join(f'sm_{arch}' for arch in ARCHS)}"
+        yield f"--op {' '.join(OPS)}"
+        yield from (f"  {op} stands for {folder}" for folder, op in ALIASES.items())
 
     runs(sub, lambda o: inspect(o.arch, o.op, o.json, o.gpu), "what there is", known)
 

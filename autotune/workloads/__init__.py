@@ -40,6 +40,7 @@ from .workload import (
 )
 
 __all__ = [
+    "ALIASES",
     "ON_CPU",
     "ON_GPU",
     "OPS",
@@ -61,6 +62,7 @@ __all__ = [
     "import_workloads",
     "keys",
     "normal",
+    "op_named",
     "option",
     "shipped",
     "size",
@@ -81,6 +83,20 @@ OPS: dict[str, type[Workload]] = {
     )
 }
 
+# Names that are taken as well: of a function, and folder, whose op goes by a shorter one in records
+ALIASES = {"flash_attention": "attention"}
+
+
+def op_named(name: str) -> str:
+    """An op of OPS, by its name there or another that is taken for it.
+
+    Raises ValueError, one sentence, where there is none.
+    """
+    op = name if name in OPS else ALIASES.get(name, name)
+    if op not in OPS:
+        raise ValueError(f"OP takes {', '.join(OPS)}, got {name!r}")
+    return op
+
 
 def build(op: str, values: Mapping[str, Any], others: Sequence[str] = ()) -> Workload:
     """A workload of a user's shape; a key that is not given has its default.
@@ -88,8 +104,7 @@ def build(op: str, values: Mapping[str, Any], others: Sequence[str] = ()) -> Wor
     others: keys that the caller takes by itself, for the sentence that names all.
     Raises ValueError, one sentence, for an op or a key that is not known, or a wrong value.
     """
-    if op not in OPS:
-        raise ValueError(f"OP takes {', '.join(OPS)}, got {op!r}")
+    op = op_named(op)
     known = keys(op)
     for key in values:
         if key not in known:

@@ -270,6 +270,7 @@ def test_a_name_is_what_one_types_and_names_are_distinct():
     assert small("linear", active=2).name == (
         "linear batch=3 seqlen=37 in_features=24 out_features=40 dtype=fp32 active=2"
     )
+    assert build("flash_attention", {"seqlen": 8}) == build("attention", {"seqlen": 8})
     assert list(keys("linear")) == [
         "batch", "seqlen", "in_features", "out_features", "dtype", "active",
     ]  # fmt: skip

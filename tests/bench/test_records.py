@@ -1,5 +1,6 @@
 """Records of races, the tables and plots made from them, and what builds the peers."""
 
+import re
 import tarfile
 from types import SimpleNamespace
 
@@ -36,6 +37,11 @@ def test_a_table_has_a_line_for_each_peer_and_names_what_was_not_timed():
     assert lines[4] == ("| linear batch=1, dgrad | 1 (0.5–2) | fast | 2 (1–4) | 2 × | 500 | 62% |")
     assert lines[-1] == "Not timed: absent (not built: no nvcc); linear, wgrad (off by 1)."
     on_cpu = {"threads": 1, "cores": 2, "load": 0.75}
+    unknown = {key: value for key, value in a_record().items() if key != "commit"}
+    told = "NVIDIA H200; torch 2.11.0; 2026-01-02. Medians, and from 20 % to 80 % of the runs."
+    assert [table.markdown(r).splitlines()[0] for r in (unknown, unknown | {"commit": None})] == (
+        [told] * 2
+    )
     of_cpu = table.markdown(a_record(**on_cpu)).splitlines()
     assert "threads: 1, load 0.8 on 2" in of_cpu[0] and of_cpu[4].endswith("| 2 × |")
     assert of_cpu[3].count("|") == of_cpu[4].count("|")
@@ -72,6 +78,25 @@ def test_a_wrong_result_has_a_reason_in_place_of_times(monkeypatch):
     assert "failed" not in forward and "failed" not in wgrad
     assert dgrad["failed"] == "dx is off by 1"
     assert not list(record.race_op("attention", cpu, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--op liner", "OP takes attention, .* got 'liner'"),
+        ("--seconds 0", "argument --seconds: takes a number of seconds above 0, got '0'"),
+        ("--limit inf", "argument --limit: takes a number of seconds above 0, got 'inf'"),
+        ("--workloads absent", "--workloads takes a module that can be imported, got 'absent'"),
+    ],
+)
+def test_a_mistake_is_a_sentence(words, sentence, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["record", "--op", "flash_attention", "linear"])
+    assert record.parse_arguments().op == ["attention", "linear"]
+    monkeypatch.setattr("sys.argv", ["record", *words.split()])
+    with pytest.raises(SystemExit) as end:
+        record.parse_arguments()
+    assert end.value.code == 2
+    assert re.search(f"error: {sentence}", capsys.readouterr().err)
 
 
 def test_a_process_that_ends_early_keeps_what_it_did(monkeypatch):

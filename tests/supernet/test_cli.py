@@ -11,10 +11,12 @@ import time
 
 import pytest
 import torch
+import triton
 import yaml
 
 import tossup
 from tests.supernet.tiny import run_values
+from tossup.autotune import machine
 from tossup.supernet.cli import main
 from tossup.supernet.config import RunConfig, SearchConfig
 from tossup.supernet.conversion import load_checkpoint
@@ -26,6 +28,7 @@ from tossup.supernet.search import all_placements
 from tossup.supernet.search.journal import Fingerprints, Journal
 from tossup.supernet.search.run import run_search
 from tossup.supernet.train import train
+from tossup.supernet.tuning import workloads_of
 
 
 @pytest.fixture(scope="module")
@@ -437,7 +440,7 @@ def test_a_search_needs_a_supernet(trained, tmp_path):
         run_search(run, search)
 
 
-def test_bench_races_a_shape_of_ones_own(capsys):
+def test_bench_races_a_shape_of_ones_own(capsys, monkeypatch):
     words = ["bench", "linear", "seqlen=8", "in_features=16", "out_features=8", "dtype=fp32"]
     assert main([*words, "direction=wgrad"]) == 0
     printed = capsys.readouterr().out
@@ -447,14 +450,36 @@ def test_bench_races_a_shape_of_ones_own(capsys):
     assert main([*words, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert [race["direction"] for race in record["races"]] == ["forward", "dgrad", "wgrad"]
+    monkeypatch.setattr(machine, "commit", lambda: None)
+    assert main([*words, "direction=wgrad"]) == 0
+    assert "commit" not in capsys.readouterr().out
     for command in ("bench", "tune"):
         assert main([command, "--help"]) == 0
         told = capsys.readouterr().out
+        assert "\n  attention, or flash_attention\n" in told
         assert "kv_heads: 8  (heads of keys and values; divides heads)" in told
         assert ("  direction: null  (forward" in told) is (command == "bench")
     assert main(["inspect", "--help"]) == 0
     told = capsys.readouterr().out
     assert "--arch sm_80 " in told and "--op accumulate causal_conv1d " in told
+
+
+def test_attention_goes_by_both_of_its_names(capsys, monkeypatch):
+    words = ["seqlen=8", "heads=2", "kv_heads=2", "head_dim=16", "dtype=fp32", "direction=forward"]
+    inspected = []
+
+    def inspect(archs, ops, gpu):
+        inspected.append(ops)
+        return {}
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr("tossup.autotune.inspection.inspect", inspect)
+    for name in ("attention", "flash_attention"):
+        assert main(["bench", name, *words]) == 0
+        assert "attention batch=1 seqlen=8 heads=2" in capsys.readouterr().out
+        assert workloads_of([name, "seqlen=8"])[0].op == "attention"
+        assert main(["inspect", "--op", name, "linear"]) == 0
+    assert inspected == [["flash_attention", "linear"]] * 2
 
 
 @pytest.mark.parametrize(
