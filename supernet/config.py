@@ -27,6 +27,7 @@ from ..kernels.routing import Strategy
 from .data import DataConfig
 from .errors import ConfigError
 from .search.config import SearchConfig, check_samples
+from .widths import TAPS, check_groups, check_heads, check_rotation, head_dim_of
 
 # Fast-LLM's default: what sets the mixers' random numbers apart from all others of a seed.
 SEED_SHIFT = 501974169931277706872159392843
@@ -45,6 +46,9 @@ def names_or_path(placement: Any) -> Any:
 NamesOrResult = Annotated[tuple[str, ...] | Path | None, BeforeValidator(names_or_path)]
 
 
+Taps = Annotated[int, Field(ge=TAPS[0], le=TAPS[1])]
+
+
 class AttentionConfig(Strict):
     """Causal softmax attention with grouped key and value heads and rotary positions."""
 
@@ -59,19 +63,10 @@ class AttentionConfig(Strict):
 
     @model_validator(mode="after")
     def groups_divide(self) -> "AttentionConfig":
-        if self.kv_heads and self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads must divide heads ({self.heads}), got {self.kv_heads}")
+        check_heads(self.heads, self.kv_heads or self.heads)
         if self.head_dim:
-            self.check_rotation(self.head_dim)
+            check_rotation(self.head_dim, self.rope_theta)
         return self
-
-    def check_rotation(self, head_dim: int) -> None:
-        """Raises ConfigError unless rotary positions can turn the channels of a head in pairs."""
-        if self.rope_theta is not None and head_dim % 2:
-            raise ConfigError(
-                f"head_dim must be even where rope_theta is given, got {head_dim}; "
-                "rope_theta: null means no positions"
-            )
 
 
 class MambaConfig(Strict):
@@ -86,7 +81,7 @@ class MambaConfig(Strict):
     d_xb: PositiveInt | None = Field(None, description="defaults to d_inner")
     state_size: PositiveInt = Field(16, description="states of a channel")
     dt_rank: PositiveInt | Literal["auto"] = Field("auto", description="auto: hidden_size / 16, up")
-    d_conv: Annotated[int, Field(ge=2, le=4)] = Field(4, description="taps of the convolution")
+    d_conv: Taps = Field(4, description="taps of the convolution")
     repeat_kv_before_conv: bool = Field(
         True, description="repeat x to d_inner before the convolution, not after it"
     )
@@ -101,13 +96,7 @@ class MambaConfig(Strict):
 
     @model_validator(mode="after")
     def groups_divide(self) -> "MambaConfig":
-        d_xb = self.d_xb or self.d_inner
-        if d_xb % self.state_size:
-            raise ValueError(
-                f"d_xb must be a multiple of state_size ({self.state_size}), got {d_xb}"
-            )
-        if self.d_inner % d_xb:
-            raise ValueError(f"d_inner must be a multiple of d_xb ({d_xb}), got {self.d_inner}")
+        check_groups(self.d_inner, self.d_xb or self.d_inner, self.state_size)
         return self
 
     @model_validator(mode="after")
@@ -122,7 +111,7 @@ class Mamba1Config(Strict):
 
     type: Literal["mamba1"]
     d_state: PositiveInt = Field(16, description="states of a channel")
-    d_conv: Annotated[int, Field(ge=2, le=4)] = Field(4, description="taps of the convolution")
+    d_conv: Taps = Field(4, description="taps of the convolution")
     expand: PositiveInt = Field(2, description="channels of the scan, by hidden_size")
     dt_rank: PositiveInt | Literal["auto"] = Field("auto", description="auto: hidden_size / 16, up")
     conv_bias: bool = Field(True, description="of the convolution")
@@ -292,12 +281,7 @@ class ModelConfig(Strict):
             self.mixer.strategy(self.num_layers)  # refuses layouts of another length
         for mixer in self.mixers.values():
             if isinstance(mixer, AttentionConfig) and not mixer.head_dim:
-                if self.hidden_size % mixer.heads:
-                    raise ValueError(
-                        f"heads must divide hidden_size ({self.hidden_size}) where head_dim is "
-                        f"not given, got {mixer.heads}"
-                    )
-                mixer.check_rotation(self.hidden_size // mixer.heads)
+                check_rotation(head_dim_of(self.hidden_size, mixer.heads), mixer.rope_theta)
         return self
 
     @property

@@ -12,6 +12,7 @@ from ...kernels.flash_attention.ops import flash_attention_backward_op, flash_at
 from ...kernels.precision import wide
 from ...kernels.rotary import rotary, rotary_angles
 from ...kernels.rotary.ops import rotary_in_place_op
+from ..widths import check_heads, check_rotation, check_whole, head_dim_of
 from .cache import LayerCache, cache_of
 from .packing import packing_of
 from .products import products_of
@@ -25,10 +26,12 @@ class Attention(nn.Module):
     """Causal softmax attention.
 
     hidden_size: width of the tokens. heads, kv_heads (defaults to heads), head_dim (defaults to
-    hidden_size / heads): its heads; kv_heads divides heads. window_size: how many tokens a query
-    sees, itself included; None means all before it. rope_theta: base of the rotary angles; None
-    means no positions. device, dtype: of the parameters, which are named as in transformers'
-    Mistral.
+    hidden_size / heads): its heads; kv_heads divides heads, and heads divides hidden_size unless
+    head_dim is given, which is even where there are positions, and at most 256 on a GPU.
+    window_size: how many tokens a query sees, itself included, 1 or more; None means all before it.
+    rope_theta: base of the rotary angles; None means no positions. device, dtype: of the
+    parameters, which are named as in transformers' Mistral.
+    Raises ValueError where a width is not as above.
     """
 
     def __init__(
@@ -43,8 +46,15 @@ class Attention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.heads, self.kv_heads = heads, kv_heads or heads
-        self.head_dim = head_dim or hidden_size // heads
+        kv_heads = heads if kv_heads is None else kv_heads
+        check_whole(hidden_size=hidden_size, heads=heads, kv_heads=kv_heads)
+        check_heads(heads, kv_heads)
+        head_dim = head_dim_of(hidden_size, heads) if head_dim is None else head_dim
+        check_whole(head_dim=head_dim)
+        check_rotation(head_dim, rope_theta)
+        if window_size is not None:
+            check_whole(window_size=window_size)
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.window_size, self.rope_theta = window_size, rope_theta
         linear = partial(nn.Linear, bias=False, device=device, dtype=dtype)
         self.q_proj = linear(hidden_size, self.heads * self.head_dim)

@@ -6,6 +6,7 @@ keys and values of grouped-query attention, and the time step has a projection o
 """
 
 import math
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from ...kernels.selective_scan.ops import (
     selective_scan_into_op,
 )
 from ...kernels.selective_state_update import selective_state_update
+from ..widths import TAPS, check_groups, check_whole
 from .cache import LayerCache, cache_of, single_layer
 from .packing import packing_of
 from .products import products_of
@@ -57,6 +59,10 @@ class StepProjection(nn.Linear):
     def __init__(self, rank: int, channels: int, bias: bool, steps: StepSizes, **where: Any):
         if steps.init not in ("random", "constant"):
             raise ValueError(f"dt_init takes random or constant, got {steps.init!r}")
+        if not 0 < steps.least <= steps.most:
+            raise ValueError(
+                f"dt_min takes a positive number, dt_max ({steps.most}) at most, got {steps.least}"
+            )
         self.steps = steps  # which Linear's constructor asks for, by reset_parameters
         super().__init__(rank, channels, bias=bias, **where)
 
@@ -79,11 +85,13 @@ class StepProjection(nn.Linear):
 class Mamba(nn.Module):
     """Mamba-1, a drop-in for mamba_ssm.Mamba: same arguments, defaults, initialisation and tensors.
 
-    d_model: width of the tokens. d_state: states per channel. d_conv: taps of the convolution,
-    2 to 4. expand: channels per d_model. dt_rank: rank of the time step's projection; auto is
-    d_model / 16, rounded up. dt_min, dt_max, dt_init ("random" or "constant"), dt_scale,
-    dt_init_floor: initial time steps. use_fast_path and layer_idx are taken and have no effect:
-    there is one path.
+    d_model: width of the tokens. d_state: states per channel, at most 256 on a GPU. d_conv: taps of
+    the convolution, 2 to 4. expand: channels per d_model, rounded down where it is no whole number.
+    dt_rank: rank of the time step's projection; auto is d_model / 16, rounded up. dt_min, dt_max,
+    dt_init ("random" or "constant"), dt_scale, dt_init_floor: initial time steps, between the first
+    two. use_fast_path is taken and has no effect: there is one path. layer_idx: under which number
+    `inference_params` holds the states.
+    Raises ValueError where a width is not as above, or below 1.
     """
 
     left: int | None = None  # a scan has no window
@@ -93,7 +101,7 @@ class Mamba(nn.Module):
         d_model: int,
         d_state: int = 16,
         d_conv: int = 4,
-        expand: int = 2,
+        expand: float = 2,
         dt_rank: int | str = "auto",
         dt_min: float = 0.001,
         dt_max: float = 0.1,
@@ -108,9 +116,13 @@ class Mamba(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.d_inner, self.d_state = expand * d_model, d_state
+        check_whole(d_model=d_model, d_state=d_state)
+        check_whole(*TAPS, d_conv=d_conv)
+        d_inner = expanded(d_model, expand)
+        self.d_model, self.d_conv, self.expand = d_model, d_conv, expand
+        self.d_inner, self.d_state = d_inner, d_state
         self.dt_rank = rank_of(dt_rank, d_model)
-        self.layer_idx = layer_idx
+        self.use_fast_path, self.layer_idx = use_fast_path, layer_idx
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **where)
         self.conv1d = depthwise_conv(self.d_inner, d_conv, conv_bias, **where)
@@ -274,10 +286,10 @@ class GroupedMamba(nn.Module):
     """Mamba in Apriel's grouped form; tensors are named as in its checkpoints.
 
     hidden_size: width of the tokens. d_inner: channels of z and C. d_xb: channels of x and B
-    (defaults to d_inner), repeated to d_inner in groups of state_size channels. state_size: states
-    per channel, and channels per group. repeat_kv_before_conv: x is repeated before its
-    convolution, which then has d_inner channels, or after it, when it has d_xb. The other arguments
-    are Mamba's.
+    (defaults to d_inner), repeated to d_inner in groups of state_size channels: d_inner is a
+    multiple of d_xb, and that of state_size. state_size: states per channel, and channels per
+    group. repeat_kv_before_conv: x is repeated before its convolution, which then has d_inner
+    channels, or after it, when it has d_xb. The other arguments, and the errors, are Mamba's.
 
     Apriel adds the bias of dt_proj twice, in the projection and in the scan; so does this class,
     and checkpoints depend on it.
@@ -306,8 +318,12 @@ class GroupedMamba(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        d_xb = d_inner if d_xb is None else d_xb
+        check_whole(hidden_size=hidden_size, d_inner=d_inner, d_xb=d_xb, state_size=state_size)
+        check_whole(*TAPS, d_conv=d_conv)
+        check_groups(d_inner, d_xb, state_size)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.d_inner, self.d_xb, self.d_state = d_inner, d_xb or d_inner, state_size
+        self.d_inner, self.d_xb, self.d_state = d_inner, d_xb, state_size
         self.dt_rank = rank_of(dt_rank, hidden_size)
         self.repeat_kv_before_conv = repeat_kv_before_conv
         widths = 2 * self.d_inner + 2 * self.d_xb
@@ -451,8 +467,21 @@ class GroupedMamba(nn.Module):
         return scan_mixer_flops(self, projections)
 
 
+def expanded(d_model: int, expand: float) -> int:
+    """The channels of the scan. Raises ValueError where there would be none."""
+    if not isinstance(expand, Real) or not 1 <= expand * d_model < math.inf:
+        raise ValueError(f"expand takes a number that leaves a channel or more, got {expand!r}")
+    return int(expand * d_model)
+
+
 def rank_of(dt_rank: int | str, d_model: int) -> int:
-    return math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+    """Raises ValueError where dt_rank is neither "auto" nor a whole number, 1 or more."""
+    if dt_rank == "auto":
+        return math.ceil(d_model / 16)
+    if isinstance(dt_rank, str):
+        raise ValueError(f"dt_rank takes auto or a whole number, got {dt_rank!r}")
+    check_whole(dt_rank=dt_rank)
+    return dt_rank
 
 
 def depthwise_conv(channels: int, taps: int, bias: bool, **where: Any) -> nn.Conv1d:

@@ -38,6 +38,8 @@ def test_mamba_is_mamba_ssms(options):
     ours.load_state_dict(theirs.state_dict())
     for name, parameter in theirs.named_parameters():  # what it tells optimizers and initialisers
         assert vars(ours.get_parameter(name)) == vars(parameter)
+    for name in ("d_model", "d_state", "d_conv", "expand", "d_inner", "dt_rank", "use_fast_path"):
+        assert getattr(ours, name) == getattr(theirs, name)
     x = torch.randn(3, 17, 24)
     out = ours(x)
     expected = theirs(x)
@@ -72,6 +74,61 @@ def test_mamba_starts_as_mamba_ssms_does():
         assert dt.log().std() == pytest.approx(math.log(100) / 12**0.5, rel=0.2)
     with pytest.raises(ValueError, match="dt_init takes random or constant, got 'zero'"):
         Mamba(64, dt_init="zero")
+
+
+def test_a_constructor_refuses_widths_that_cannot_work():
+    """Where else the first forward would say so, in words about tensors, or nobody at all."""
+    whole = "takes a whole number"
+    for make, sentence in (
+        (lambda: Attention(30, 4), r"^heads must divide hidden_size \(30\) .*, got 4$"),
+        (lambda: Attention(32, 64), r"^heads must divide hidden_size \(32\) .*, got 64$"),
+        (lambda: Attention(32, 0), f"^heads {whole}, 1 or more, got 0$"),
+        (lambda: Attention(0, 4), f"^hidden_size {whole}, 1 or more, got 0$"),
+        (lambda: Attention(32, 4.0), f"^heads {whole}, 1 or more, got 4.0$"),
+        (lambda: Attention(32, 4, kv_heads=3), r"^kv_heads must divide heads \(4\), got 3$"),
+        (lambda: Attention(32, 4, kv_heads=0), f"^kv_heads {whole}, 1 or more, got 0$"),
+        (lambda: Attention(32, 4, head_dim=0), f"^head_dim {whole}, 1 or more, got 0$"),
+        (lambda: Attention(32, 4, head_dim=5), "^head_dim must be even .*, got 5;"),
+        (lambda: Attention(36, 4), "^head_dim must be even .*, got 9;"),
+        (lambda: Attention(32, 4, window_size=0), f"^window_size {whole}, 1 or more, got 0$"),
+        (lambda: Attention(32, 4, window_size=(3, 0)), rf"^window_size {whole}, .*, got \(3, 0\)$"),
+        (lambda: Attention(32, 4, rope_theta=0), "^rope_theta takes a positive number, .*, got 0$"),
+        (lambda: Mamba(32, d_conv=7), f"^d_conv {whole}, 2 to 4, got 7$"),
+        (lambda: Mamba(32, d_conv=1), f"^d_conv {whole}, 2 to 4, got 1$"),
+        (lambda: Mamba(32, d_state=0), f"^d_state {whole}, 1 or more, got 0$"),
+        (lambda: Mamba(-32), f"^d_model {whole}, 1 or more, got -32$"),
+        (lambda: Mamba(32, expand=0), "^expand takes a number that leaves a channel .*, got 0$"),
+        (
+            lambda: Mamba(32, expand="2"),
+            "^expand takes a number that leaves a channel .*, got '2'$",
+        ),
+        (lambda: Mamba(32, dt_rank=0), f"^dt_rank {whole}, 1 or more, got 0$"),
+        (lambda: Mamba(32, dt_rank="full"), "^dt_rank takes auto or a whole number, got 'full'$"),
+        (
+            lambda: Mamba(32, dt_min=0),
+            r"^dt_min takes a positive number, dt_max \(0.1\) .*, got 0$",
+        ),
+        (
+            lambda: Mamba(32, dt_min=1),
+            r"^dt_min takes a positive number, dt_max \(0.1\) .*, got 1$",
+        ),
+        (lambda: GroupedMamba(32, 32, d_conv=5), f"^d_conv {whole}, 2 to 4, got 5$"),
+        (lambda: GroupedMamba(32, 32, 0), f"^d_xb {whole}, 1 or more, got 0$"),
+        (
+            lambda: GroupedMamba(32, 32, 12, 8),
+            r"^d_xb must be a multiple of state_size \(8\), got 12",
+        ),
+        (
+            lambda: GroupedMamba(32, 40, 16, 8),
+            r"^d_inner must be a multiple of d_xb \(16\), got 40",
+        ),
+        (lambda: GroupedMamba(32, 32, state_size=0), f"^state_size {whole}, 1 or more, got 0$"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            make()
+    assert Attention(32, 4, head_dim=5, rope_theta=None)(torch.zeros(1, 2, 32)).shape == (1, 2, 32)
+    assert Attention(32, 4, head_dim=2, window_size=1).head_dim == 2
+    assert Mamba(30, expand=1.5, dt_min=0.1, dt_max=0.1).d_inner == 45
 
 
 @pytest.mark.parametrize("kind", ["attention", "mamba", "mamba1"])
