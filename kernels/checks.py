@@ -20,6 +20,14 @@ def check_floating(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must be floating, got {tensor.dtype}")
 
 
+def check_taps(weight: Tensor, dim: int) -> None:
+    """Of a convolution: (dim, width), 2 to 4 taps for each channel."""
+    if weight.ndim != 2 or weight.shape[0] != dim or not 2 <= weight.shape[1] <= 4:
+        raise ValueError(
+            f"weight must be (dim, width) = ({dim}, 2 to 4), got {tuple(weight.shape)}"
+        )
+
+
 def check_seq_idx(seq_idx: Tensor | None, *shape: int) -> None:
     """The number of each token's sequence: integers (batch, seqlen), of any width."""
     check_shapes(seq_idx=(seq_idx, shape))

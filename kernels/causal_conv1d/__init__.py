@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..backend import Impl, resolve_for
-from ..checks import check_floating, check_seq_idx, check_shapes
+from ..checks import check_floating, check_seq_idx, check_shapes, check_taps
 from ..routing import Route, put, take, tensors_of
 from .reference import causal_conv1d_reference
 
@@ -75,10 +75,7 @@ def check(
             f"got {tuple(x.shape)} of {x.dtype}"
         )
     batch, seqlen, dim = x.shape
-    if weight.ndim != 2 or weight.shape[0] != dim or not 2 <= weight.shape[1] <= 4:
-        raise ValueError(
-            f"weight must be (dim, width) = ({dim}, 2 to 4), got {tuple(weight.shape)}"
-        )
+    check_taps(weight, dim)
     before = batch, weight.shape[1] - 1, dim
     check_shapes(bias=(bias, (dim,)), initial_state=(initial_state, before))
     check_floating(weight=weight, bias=bias, initial_state=initial_state)

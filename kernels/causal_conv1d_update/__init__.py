@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Impl, resolve_for
-from ..checks import check_floating, check_shapes
+from ..checks import check_floating, check_shapes, check_taps
 from ..routing import Route, put, take, tensors_of
 from .reference import causal_conv1d_update_reference
 
@@ -81,10 +81,7 @@ def check(
         raise ValueError(f"x must be (batch, dim) or (batch, seqlen, dim), got {tuple(x.shape)}")
     batch, dim = len(x), x.shape[-1]
     seqlen = x.shape[1] if x.ndim == 3 else 1
-    if weight.ndim != 2 or weight.shape[0] != dim or not 2 <= weight.shape[1] <= 4:
-        raise ValueError(
-            f"weight must be (dim, width) = ({dim}, 2 to 4), got {tuple(weight.shape)}"
-        )
+    check_taps(weight, dim)
     least = weight.shape[1] - 1 if cache_seqlens is None else max(weight.shape[1] - 1, seqlen)
     if conv_state.ndim != 3 or conv_state.shape[2] != dim or conv_state.shape[1] < least:
         raise ValueError(

@@ -3,8 +3,8 @@
     from tossup.kernels.compat import flash_attn_func, selective_scan_fn
 
 Signatures, defaults, layouts and results are those of flash-attn 2.8.3, mamba-ssm 2.3.2 and
-causal-conv1d 1.7.0. `install` puts the functions under upstream's import names, so that code which
-imports those finds them.
+causal-conv1d 1.7.0. `install` puts the functions under upstream's import names, and `tossup.Mamba`
+under mamba-ssm's, so that code which imports those finds them.
 """
 
 from .causal_conv1d import causal_conv1d_fn, causal_conv1d_update
@@ -18,7 +18,12 @@ from .flash_attn import (
     flash_attn_with_kvcache,
 )
 from .install import Installation, install
-from .mamba_ssm import mamba_inner_fn, selective_scan_fn, selective_state_update
+from .mamba_ssm import (
+    mamba_inner_fn,
+    selective_scan_fn,
+    selective_scan_ref,
+    selective_state_update,
+)
 
 __all__ = [
     "Installation",
@@ -34,5 +39,6 @@ __all__ = [
     "install",
     "mamba_inner_fn",
     "selective_scan_fn",
+    "selective_scan_ref",
     "selective_state_update",
 ]

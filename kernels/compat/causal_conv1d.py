@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..causal_conv1d import causal_conv1d
 from ..causal_conv1d_update import causal_conv1d_update as update_op
+from ..checks import check_shapes, check_taps
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update"]
 
@@ -41,6 +42,12 @@ def causal_conv1d_fn(
     Returns out, like x. Raises NotImplementedError for other activations, and ValueError where a
     shape or a dtype is not as above.
     """
+    check_sequences("x", x)
+    check_taps(weight, x.shape[1])
+    before = (*x.shape[:2], weight.shape[1] - 1)
+    check_shapes(
+        initial_states=(initial_states, before), final_states_out=(final_states_out, before)
+    )
     result = causal_conv1d(
         x.transpose(1, 2),
         weight,
@@ -85,6 +92,7 @@ def causal_conv1d_update(
     Returns out, like x. Without gradients. Raises NotImplementedError for other activations, and
     ValueError where a shape or a dtype is not as above.
     """
+    check_update(x, conv_state, weight, cache_seqlens)
     out = update_op(
         x if x.ndim == 2 else x.transpose(1, 2),
         conv_state.transpose(1, 2),
@@ -95,6 +103,31 @@ def causal_conv1d_update(
         conv_state_indices=conv_state_indices,
     )
     return out if x.ndim == 2 else out.transpose(1, 2)
+
+
+def check_sequences(name: str, x: Tensor) -> None:
+    """In upstream's layout, as all checks here: the op's own would speak of another."""
+    if x.ndim != 3 or 0 in x.shape[1:] or not x.is_floating_point():
+        raise ValueError(
+            f"{name} must be (batch, dim, seqlen), floating, with at least one token, "
+            f"got {tuple(x.shape)} of {x.dtype}"
+        )
+
+
+def check_update(
+    x: Tensor, conv_state: Tensor, weight: Tensor, cache_seqlens: Tensor | None
+) -> None:
+    if x.ndim not in (2, 3) or 0 in x.shape[1:]:
+        raise ValueError(f"x must be (batch, dim) or (batch, dim, seqlen), got {tuple(x.shape)}")
+    dim = x.shape[1]
+    check_taps(weight, dim)
+    tokens = 1 if x.ndim == 2 else x.shape[2]
+    least = weight.shape[1] - 1 if cache_seqlens is None else max(weight.shape[1] - 1, tokens)
+    if conv_state.ndim != 3 or conv_state.shape[1] != dim or conv_state.shape[2] < least:
+        raise ValueError(
+            f"conv_state must be (entries, dim, state_len) = (entries, {dim}, at least {least}), "
+            f"got {tuple(conv_state.shape)}"
+        )
 
 
 def own_activation(activation: str | None) -> Literal["silu"] | None:

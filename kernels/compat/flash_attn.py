@@ -226,6 +226,7 @@ def flash_attn_with_kvcache(
     an option is not as above.
     """
     refuse_pages(block_table)
+    check_window(window_size)
     check_cache(q, k_cache, k, v, rotary_cos, rotary_sin, cache_seqlens)
     batch, capacity = q.shape[0], k_cache.shape[1]
     filled = capacity if cache_seqlens is None else cache_seqlens
@@ -244,18 +245,21 @@ def flash_attn_with_kvcache(
     options = (0.0, softmax_scale, causal, window_size, softcap)
     if isinstance(filled, int) and cache_batch_idx is None and cache_leftpad is None:
         keys, values = k_cache[:batch, :filled], v_cache[:batch, :filled]
-        out, lse, _ = attend(q, keys, values, *options, alibi_slopes, True)
-        return (out, lse) if return_softmax_lse else out
+        result = attend(q, keys, values, *options, alibi_slopes, return_softmax_lse)
+        return result[:2] if isinstance(result, tuple) else result
 
     keys, values, period = packed_caches(k_cache, v_cache, cache_batch_idx)
     bounds_q, bounds_k = gap_bounds(q, period, filled, cache_leftpad)
     if alibi_slopes is not None and alibi_slopes.ndim == 2:
         alibi_slopes = alibi_slopes.repeat_interleave(2, dim=0)
-    out, lse, _ = attend(
-        q.flatten(0, 1), keys, values, *options, alibi_slopes, True, bounds_q, bounds_k, q.shape[1]
-    )
-    out = out.view(q.shape)
-    return (out, lse.unflatten(1, q.shape[:2]).transpose(0, 1)) if return_softmax_lse else out
+    result = attend(
+        q.flatten(0, 1), keys, values, *options, alibi_slopes, return_softmax_lse, bounds_q,
+        bounds_k, q.shape[1],
+    )  # fmt: skip
+    if not isinstance(result, tuple):
+        return result.view(q.shape)
+    out, lse, _ = result
+    return out.view(q.shape), lse.unflatten(1, q.shape[:2]).transpose(0, 1)
 
 
 def attend(
@@ -279,6 +283,7 @@ def attend(
             "return_attn_probs must be False where dropout_p > 0, as the dropout mask is never"
             f" stored, got dropout_p={dropout_p}"
         )
+    check_window(window_size)
     left, right = window_size
     # A tensor here would have to be read. Without it the grid covers the packed length.
     longest_q, longest_k = (
@@ -315,6 +320,11 @@ def split(name: str, tensor: Tensor, parts: int, axis: int) -> tuple[Tensor, ...
             f"{name} must be {layout} {parts}, heads, head_dim), got {tuple(tensor.shape)}"
         )
     return tensor.unbind(axis)
+
+
+def check_window(window_size: tuple[int, int]) -> None:
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        raise ValueError(f"window_size must be (left, right), got {window_size!r}")
 
 
 def refuse_pages(block_table: Tensor | None) -> None:

@@ -32,6 +32,7 @@ class Package(NamedTuple):
 
 
 SCAN = ("mamba_inner_fn", "selective_scan_fn")
+MIXER = ("Mamba",)
 UPDATE = ("selective_state_update",)
 NOTHING: tuple[str, ...] = ()
 PACKAGES = {
@@ -50,9 +51,11 @@ PACKAGES = {
         "mamba-ssm",
         "2.0.3",
         {
-            "mamba_ssm": (mamba_ssm, SCAN),
+            "mamba_ssm": (mamba_ssm, (*SCAN, *MIXER)),
+            "mamba_ssm.modules": (mamba_ssm, NOTHING),
+            "mamba_ssm.modules.mamba_simple": (mamba_ssm, MIXER),
             "mamba_ssm.ops": (mamba_ssm, NOTHING),
-            "mamba_ssm.ops.selective_scan_interface": (mamba_ssm, SCAN),
+            "mamba_ssm.ops.selective_scan_interface": (mamba_ssm, (*SCAN, "selective_scan_ref")),
             "mamba_ssm.ops.triton": (mamba_ssm, NOTHING),
             "mamba_ssm.ops.triton.selective_state_update": (mamba_ssm, UPDATE),
         },
@@ -73,7 +76,7 @@ def install(
     force: bool = False,
     packages: Iterable[str] = ("flash_attn", "mamba_ssm", "causal_conv1d"),
 ) -> "Installation":
-    """Let imports of flash-attn, mamba-ssm and causal-conv1d find Tossup's functions.
+    """Let imports of flash-attn, mamba-ssm and causal-conv1d find Tossup's functions and Mamba.
 
     Call it before anything imports those names: a module that is imported while this is in force
     keeps the functions it found, and one that was imported before keeps its own. In particular,
@@ -87,6 +90,8 @@ def install(
     Raises ValueError for other names, and ImportError where force is False and a package of the
     name is there; then nothing has changed.
     """
+    if isinstance(packages, str):
+        raise ValueError(f"packages must be a list of names, got the one string {packages!r}")
     wanted = tuple(packages)
     for name in wanted:
         if name not in PACKAGES:
@@ -151,7 +156,10 @@ class Installation(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         package = PACKAGES[module.__name__.partition(".")[0]]
         source, exports = package.modules[module.__name__]
-        contents: dict[str, Any] = {name: getattr(source, name) for name in exports}
+        here = vars(source)
+        contents: dict[str, Any] = {name: here[name] for name in exports if name in here}
+        if len(contents) < len(exports):  # the others the source brings when they are asked for
+            contents["__getattr__"] = here["__getattr__"]
         vars(module).update(contents, __doc__=source.__doc__, __all__=[*exports], __tossup__=True)
         if module.__name__ in PACKAGES:
             vars(module).update(__version__=package.version)

@@ -29,7 +29,8 @@ def gradients(module, out, seed=0):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"d_state": 5, "d_conv": 3, "expand": 1, "dt_rank": 3, "bias": True}]
+    "options",
+    [{}, {"expand": 1.6}, {"d_state": 5, "d_conv": 3, "expand": 1, "dt_rank": 3, "bias": True}],
 )
 def test_mamba_is_mamba_ssms(options):
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.oracles import (
     mamba_inner_fn,
@@ -30,12 +31,26 @@ def gradients(out: Tensor, leaves) -> tuple[Tensor, ...]:
     return torch.autograd.grad(out, leaves, dout)
 
 
+class Called(TorchDispatchMode):
+    """Which of torch's ops were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops.add(op)
+        return op(*args, **(kwargs or {}))
+
+
 def parameters(function) -> list[tuple[str, object]]:
     return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
 
 
 @pytest.mark.parametrize(
-    "theirs", [selective_scan_fn, mamba_inner_fn, selective_state_update], ids=lambda f: f.__name__
+    "theirs",
+    [selective_scan_fn, selective_scan_ref, mamba_inner_fn, selective_state_update],
+    ids=lambda f: f.__name__,
 )
 def test_signatures_are_those_of_mamba_ssm(theirs):
     assert parameters(getattr(compat, theirs.__name__)) == parameters(theirs)
@@ -106,6 +121,103 @@ def test_selective_scan_fn_agrees_with_mamba_ssm(groups, constant):
     leaves = list(inputs.values())
     for ours, theirs in zip(gradients(out, leaves), gradients(expected, leaves), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_selective_scan_ref_is_mamba_ssms():
+    """Whose last state has a gradient."""
+    inputs = scan_inputs(2, False)
+    leaves = list(inputs.values())
+    (out, state), (expected, expected_state) = (
+        scan(**inputs, delta_softplus=True, return_last_state=True)
+        for scan in (compat.selective_scan_ref, selective_scan_ref)
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    ours, theirs = gradients(state, leaves[:4]), gradients(expected_state, leaves[:4])
+    for got, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"u": normal(6, 19)}, r"u must be \(batch, dim, seqlen\), .* got \(6, 19\) of"),
+        ({"delta": normal(2, 3, 19)}, r"delta must be of shape \(2, 6, 19\), got \(2, 3, 19\)"),
+        ({"z": normal(2, 19, 6)}, r"z must be of shape \(2, 6, 19\), got \(2, 19, 6\)"),
+        ({"A": normal(4, 6)}, r"A must be of shape \(6, 6\), got \(4, 6\)"),
+        ({"A": normal(6)}, r"A must be of shape \(6, 6\), got \(6,\)"),
+        ({"B": normal(2, 19, 4)}, r"B must be .* \(2, 4, 19\), or .* got \(2, 19, 4\)"),
+        ({"C": normal(2, 5, 4, 19)}, r"C must be .* groups dividing dim, got \(2, 5, 4, 19\)"),
+        ({"C": normal(4)}, r"C must be \(dim, state\) = \(6, 4\), .* got \(4,\)"),
+    ],
+)
+def test_a_scan_is_refused_in_its_callers_layout(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        compat.selective_scan_fn(**(scan_inputs(1, False) | change))
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"xz": normal(2, 10, 11)}, r"conv1d_weight must be of shape \(5, 1, 4\), got \(6, 1, 4\)"),
+        ({"xz": normal(2, 13, 11)}, r"xz must be \(batch, 2 dim, seqlen\), got \(2, 13, 11\)"),
+        ({"conv1d_weight": normal(6, 4)}, r"conv1d_weight must be of shape \(6, 1, 4\), got"),
+        (
+            {"x_proj_weight": normal(9, 6)},
+            r"x_proj_weight must be of shape \(10, 6\), got \(9, 6\)",
+        ),
+        ({"delta_proj_weight": normal(2, 6)}, r"delta_proj_weight must be of shape \(6, 6\), got"),
+        (
+            {"out_proj_weight": normal(6, 5)},
+            r"out_proj_weight must be of shape \(6, 6\), got \(6, 5\)",
+        ),
+        ({"B": normal(2, 11, 4), "x_proj_weight": normal(6, 6)}, r"B must be .* got \(2, 11, 4\)"),
+    ],
+)
+def test_a_block_is_refused_in_its_callers_layout(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        compat.mamba_inner_fn(**(inner_inputs("") | change))
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"state": normal(8, 5)}, r"state must be \(batch, dim, state\) or .* got \(8, 5\)"),
+        ({"x": normal(3, 48)}, r"x must be of shape \(3, 6, 8\), got \(3, 48\)"),
+        ({"dt": normal(3, 6)}, r"dt must be of shape \(3, 6, 8\), got \(3, 6\)"),
+        ({"A": normal(6)}, r"A must be of shape \(6, 8, 5\), got \(6,\)"),
+        ({"B": normal(3, 4, 5)}, r"B must be .* ngroups dividing 6, got \(3, 4, 5\)"),
+        ({"C": normal(3, 5, 1)}, r"C must be \(batch, state\) = \(3, 5\), .* got \(3, 5, 1\)"),
+        ({"D": normal(8)}, r"D must be of shape \(6, 8\), got \(8,\)"),
+    ],
+)
+def test_a_step_of_the_scan_is_refused_in_its_callers_layout(change, sentence):
+    inputs = {"state": normal(3, 6, 8, 5), "x": normal(3, 6, 8), "dt": normal(3, 6, 8)}
+    inputs |= {"A": normal(6, 8, 5), "B": normal(3, 2, 5), "C": normal(3, 2, 5)}
+    compat.selective_state_update(**inputs)
+    with pytest.raises(ValueError, match=sentence):
+        compat.selective_state_update(**(inputs | change))
+
+
+def test_a_convolution_is_refused_in_its_callers_layout():
+    x, weight = normal(2, 7, 9), normal(7, 4)
+    for change, sentence in (
+        ({"x": x[0]}, r"x must be \(batch, dim, seqlen\), .* got \(7, 9\) of"),
+        ({"weight": normal(9, 4)}, r"weight must be \(dim, width\) = \(7, 2 to 4\), got \(9, 4\)"),
+        ({"initial_states": x[..., :2]}, r"initial_states must be of shape \(2, 7, 3\), got"),
+        ({"final_states_out": x[:1, :, :3]}, r"final_states_out must be of shape \(2, 7, 3\), got"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            compat.causal_conv1d_fn(**({"x": x, "weight": weight} | change))
+    state, six = normal(2, 7, 4), normal(2, 7, 6)
+    for step, change, sentence in (
+        (x[0, 0], {}, r"x must be \(batch, dim\) or \(batch, dim, seqlen\), got \(9,\)"),
+        (x[..., 0], {"weight": normal(7, 5)}, r"weight must be .* 2 to 4\), got \(7, 5\)"),
+        (x[..., 0], {"conv_state": state.mT}, r"\(entries, 7, at least 3\), got \(2, 4, 7\)"),
+        (six, {"cache_seqlens": torch.zeros(2).int()}, r"at least 6\), got \(2, 7, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            options = {"conv_state": state, "weight": weight} | change
+            compat.causal_conv1d_update(step, **options)
 
 
 def test_a_complex_A_is_refused():
@@ -360,6 +472,8 @@ def test_attention_refuses_what_it_cannot_give():
         compat.flash_attn_varlen_func(
             *QKV[0].unbind(1), BOUNDS[:3], BOUNDS[:3], 5, 5, block_table=BOUNDS
         )
+    with pytest.raises(ValueError, match=r"window_size must be \(left, right\), got 3"):
+        compat.flash_attn_func(q, k, v, window_size=3)
     with pytest.raises(ValueError, match=r"qkv must be .* 3, heads, head_dim"):
         compat.flash_attn_qkvpacked_func(QKV[:, :, :2])
 
@@ -379,6 +493,7 @@ def test_attention_refuses_what_it_cannot_give():
         (dict(cache_seqlens=-1), "leave room for k"),
         (dict(cache_seqlens=torch.tensor([3])), r"an int or \(batch,\) = \(2,\), got \(1,\)"),
         (dict(block_table=torch.zeros(2, 2)), "block_table must be None"),
+        (dict(window_size=3), r"window_size must be \(left, right\), got 3"),
     ],
 )
 def test_a_step_that_does_not_fit_its_cache_is_refused(change, message):
@@ -388,6 +503,19 @@ def test_a_step_that_does_not_fit_its_cache_is_refused(change, message):
     with pytest.raises((ValueError, NotImplementedError), match=message):
         compat.flash_attn_with_kvcache(q, cache, cache, **options)
     assert torch.equal(cache, before)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_step_makes_no_log_sum_exp_that_nobody_asked_for(on_device):
+    """Each layer and token would launch what mends it."""
+    q, cache = QKV[:, :1, 0], normal(2, 16, 4, 8)
+    filled = torch.tensor([3, 7], dtype=torch.int32) if on_device else 5
+    for wanted in (False, True):
+        with Called() as called:
+            compat.flash_attn_with_kvcache(
+                q, cache, cache, cache_seqlens=filled, return_softmax_lse=wanted
+            )
+        assert (torch.ops.aten.isneginf.default in called.ops) is wanted
 
 
 @pytest.mark.parametrize("on_device", [False, True])

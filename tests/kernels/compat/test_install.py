@@ -69,6 +69,15 @@ with compat.install(force=True):
     assert selective_scan_fn is compat.selective_scan_fn
     assert selective_state_update is compat.selective_state_update
     assert importlib.metadata.version("mamba-ssm") == "2.0.3"
+    import mamba_ssm
+    import mamba_ssm.ops.selective_scan_interface as interface
+    assert interface.selective_scan_ref is compat.selective_scan_ref
+    assert "tossup.supernet" not in sys.modules  # the functions need no more than their floor
+    from mamba_ssm import Mamba
+    from mamba_ssm.modules.mamba_simple import Mamba as simple
+    import tossup
+    assert Mamba is simple is tossup.Mamba and "Mamba" in mamba_ssm.__all__
+    assert not hasattr(mamba_ssm, "Mamba2") and not hasattr(interface, "Mamba")
 assert importlib.util.find_spec("mamba_ssm").origin == real
 """)
 
@@ -78,6 +87,8 @@ def test_other_names_are_refused():
         from tossup.kernels import compat
 
         compat.install(packages=["fla"])
+    with pytest.raises(ValueError, match=r"packages must be a list of names, .* 'flash_attn'$"):
+        compat.install(packages="flash_attn")
 
 
 @pytest.mark.parametrize("other", [PROBES, LAZY])
