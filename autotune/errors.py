@@ -6,7 +6,7 @@ class WrongResult(Exception):
 
 
 def said(error: BaseException, *, last: bool = False) -> str:
-    """An error's first line, or its last, where Triton's say what is wrong; its kind where it says
-    nothing."""
+    """The first line of an error's message, or the last one, where Triton's say what is wrong; the
+    error's type if it has no message."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1 if last else 0]

@@ -17,7 +17,7 @@ BRIEF = 2**30  # multiplications: 2 µs at an H200's peak, as the host takes for
 
 
 def describable(*tensors: Tensor) -> bool:
-    """Whether TMA takes these tensors, of 16 bits a number as kernels use it for."""
+    """Whether TMA can address all these tensors: of 16 bits a number, as kernels use it for."""
     return all(
         strides_of(x.shape, x.stride(), x.dtype) and x.data_ptr() % ALIGNED == 0 for x in tensors
     )
@@ -29,7 +29,7 @@ def pay(multiplications: int) -> bool:
 
 
 def describe(x: Tensor, *block: int) -> TensorDescriptor:
-    """Of a describable tensor, in tiles of shape `block`."""
+    """The descriptor of a tensor, which must be `describable`, for tiles of shape `block`."""
     return TensorDescriptor(x, x.shape, strides_of(x.shape, x.stride(), x.dtype), list(block))
 
 
@@ -37,9 +37,9 @@ def describe(x: Tensor, *block: int) -> TensorDescriptor:
 def strides_of(
     shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[int, ...] | None:
-    """As a descriptor has them; None where it can have none.
+    """The strides of a descriptor, or None if the tensor cannot have one.
 
-    A stride that no number needs may be any, and becomes what it is where all lies in one piece.
+    An axis of size 1 may have any stride, and gets that of a contiguous tensor.
     """
     if dtype.itemsize != 2 or shape.numel() == 0 or max(shape) >= 2**31 or strides[-1] != 1:
         return None

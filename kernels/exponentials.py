@@ -9,13 +9,13 @@ import triton.language as tl
 
 @triton.jit
 def in_base_2(x):
-    """The logarithm, of base 2, of what has the natural logarithm x."""
+    """Convert a natural logarithm to base 2."""
     return x * 1.4426950408889634
 
 
 @triton.jit
 def in_base_e(x):
-    """The other way round."""
+    """Convert a logarithm of base 2 to a natural one."""
     return x * 0.6931471805599453
 
 

@@ -24,8 +24,8 @@ def refuse_more_samples_than_programs(batch: int) -> None:
 
 
 def strides(tensor: Tensor | None, ndim: int) -> tuple[int, ...]:
-    """As a kernel takes them that knows the tensor with `ndim` axes.
+    """The tensor's strides, padded in front with zeros to `ndim`.
 
-    Where it has no first axes, all samples lie where the first one does, as in a packed batch.
+    Where it lacks the first axes, all samples lie where the first one does, as in a packed batch.
     """
     return (0,) * ndim if tensor is None else (0,) * (ndim - tensor.ndim) + tensor.stride()

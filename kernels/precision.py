@@ -9,7 +9,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """As torch.autocast has the inputs of products and of attention: in its dtype, but float64."""
+    """Cast to autocast's dtype, as torch does for products and attention; float64 is left alone."""
     kind = tensors[0].device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
@@ -20,7 +20,7 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def refuse_float64(**tensors: torch.Tensor | None) -> None:
-    """What every Triton launcher begins with. Raises ValueError, which names the tensor."""
+    """Raise ValueError, which names the tensor: every Triton launcher begins with this."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype == torch.float64:
             raise ValueError(

@@ -86,9 +86,9 @@ class SupernetModel(nn.Module):
         attention_mask: (batch, seqlen) padding mask. seq_idx: integers (batch, seqlen), the number
         of each token's sequence, where rows pack several. cu_seqlens: (sequences + 1,) int32, the
         same for a batch of one row. losses, metrics: dicts for the mixers' own.
-        cache: what stands before these tokens, and afterwards these too; it knows the padding. The
-        same mixers take it from the first token to the last. logits_to_keep: of how many last
-        tokens there are logits; 0 is all.
+        cache: keys, values and states of earlier tokens, and their padding; it is read, and then
+        extended by these. The same mixers take it from the first token to the last. logits_to_keep:
+        how many last tokens get logits; 0 is all.
         """
         places = self._places(placement)
         kwargs: dict[str, Any] = {

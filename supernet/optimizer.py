@@ -252,6 +252,24 @@ def clip_grad_norm_(
     return total
 
 
+def forget_gradients(model: nn.Module, optimizer: Optimizer) -> None:
+    """Clear the gradients before the next step, in place of `optimizer.zero_grad()`.
+
+    model: in which StochasticMixers under device dispatch keep the memory of their mixers'
+        gradients, as a captured step needs it; their next backward pass overwrites it. A mixer that
+        no sample takes leaves it as it is, so the optimizer must know what was used.
+    """
+    layers = [module for module in model.modules() if isinstance(module, StochasticMixer)]
+    routed = [layer for layer in layers if layer.dispatch == "device"]
+    kept = {parameter for layer in routed for parameter in layer.mixers.parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if group.get("gate") is None or parameter not in kept:
+                parameter.grad = None
+    for layer in routed:
+        layer.forget_gradients()
+
+
 def _norm(bucket: _Bucket, used: Tensor | None) -> Tensor:
     """Of a bucket's gradients; where ranks have a part of each, of all parts."""
     if not _is_sharded(bucket.params[0]):

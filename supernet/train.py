@@ -30,7 +30,7 @@ from .files import directory_atomically
 from .graphed_step import GraphedStep
 from .metrics import Mean
 from .model import SupernetModel, language_model_losses
-from .optimizer import GatedAdamW, clip_grad_norm_, parameter_groups
+from .optimizer import GatedAdamW, clip_grad_norm_, forget_gradients, parameter_groups
 from .ranks import Ranks
 from .report import Report
 from .run_folder import (
@@ -303,19 +303,6 @@ def graphed(step: Callable[[], None], device: torch.device, ranks: Ranks) -> Cal
     if device.type != "cuda":
         raise ConfigError(f"training.graph takes training.device cuda, got {device}")
     return GraphedStep(step, other_threads=ranks.count > 1)  # NCCL's watchdog is one
-
-
-def forget_gradients(model: SupernetModel, optimizer: GatedAdamW) -> None:
-    """Before the next step. Under device dispatch mixers keep the memory of their gradients."""
-    if model.dispatch != "device":
-        optimizer.zero_grad()
-        return
-    for group in optimizer.param_groups:
-        if group["gate"] is None:
-            for parameter in group["params"]:
-                parameter.grad = None
-    for mixer in stochastic_mixers(model):
-        mixer.forget_gradients()
 
 
 def stochastic_mixers(model: SupernetModel) -> Iterator[StochasticMixer]:

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from .supernet.conversion import load_checkpoint, save_checkpoint
     from .supernet.mixers import Attention, GroupedMamba, Mamba
     from .supernet.model import SupernetModel
-    from .supernet.optimizer import GatedAdamW, clip_grad_norm_, parameter_groups
+    from .supernet.optimizer import (
+        GatedAdamW,
+        clip_grad_norm_,
+        forget_gradients,
+        parameter_groups,
+    )
     from .supernet.router import Router
     from .supernet.stochastic import StochasticMixer
 
@@ -46,6 +51,7 @@ _MODULES = {
     "clip_grad_norm_": "supernet.optimizer",
     "draw": "kernels.routing",
     "flash_attention": "kernels.flash_attention",
+    "forget_gradients": "supernet.optimizer",
     "linear": "kernels.linear",
     "load_checkpoint": "supernet.conversion",
     "parameter_groups": "supernet.optimizer",

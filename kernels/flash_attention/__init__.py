@@ -69,8 +69,9 @@ def flash_attention(
         unwritten in the results and gradients.
     cu_seqlens_k: the same for the packed k and v, (total_k, kv_heads, head_dim); cu_seqlens_q by
         default.
-    max_seqlen_q, max_seqlen_k: that no packed sequence is longer, which spares a GPU programs that
-        have to find it out. Of longer ones it may leave the end unwritten. By default the totals.
+    max_seqlen_q, max_seqlen_k: upper bounds on the lengths of packed sequences, so that a GPU
+        launches no programs beyond them. Tokens of longer sequences may be left unwritten. By
+        default the totals.
     bounds: int32 (2, batch, seqlen): several sequences in each row, of which a query sees its own;
         where that of each token begins and ends, as `bounds_of(seq_idx)` has it. It asks no host
         how many they are. There are as many keys as queries; cu_seqlens is for other layouts.

@@ -98,7 +98,7 @@ def weight_gradient_into(
     grad: (out_features, in_features), any floating dtype and any strides without overlap.
     dout: (batch, seqlen, out_features), and x: (batch, seqlen, in_features), of one floating dtype;
         any strides.
-    bias_grad: (out_features,), gets Σ dout[b, t, n]; any floating dtype. None is not wanted.
+    bias_grad: (out_features,), gets Σ dout[b, t, n]; any floating dtype. None: do not compute it.
     written: int32, shape (), on the device: how often grad and bias_grad were written before. If it
         is above 0, add to what they hold; if it is 0, or None, store. It is not changed.
     route: the samples to work on; None is all. With no active sample, and with no token, grad and

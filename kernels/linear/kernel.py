@@ -30,28 +30,10 @@ from ..descriptors import LEAST_ARCH, describable, describe, pay
 from ..dot import dot
 from ..launch import cdiv, strides
 from ..precision import refuse_float64
-from ..routing.gate import routed_jit
+from ..routing.gate import active_samples, routed_jit, sample_at
 from ..target import arch, processors
 
 GROUP = tl.constexpr(8)  # rows of tiles that are walked together
-
-
-@triton.jit
-def active_samples(count_ptr, batch):
-    """How many there are. Kernels load nothing before they know."""
-    active = batch
-    if count_ptr is not None:
-        active = tl.load(count_ptr)
-    return active
-
-
-@triton.jit
-def sample_at(samples_ptr, place):
-    """The sample in a place that is known to hold one, int64."""
-    sample = place.to(tl.int64)
-    if samples_ptr is not None:
-        sample = tl.load(samples_ptr + place).to(tl.int64)
-    return sample
 
 
 @triton.jit

@@ -30,3 +30,21 @@ def active_sample(count_ptr, samples_ptr, place):
         else:
             sample = place.to(tl.int64) * 0 - 1
     return sample
+
+
+@triton.jit
+def active_samples(count_ptr, batch):
+    """How many samples the route takes. Kernels load nothing before they know."""
+    active = batch
+    if count_ptr is not None:
+        active = tl.load(count_ptr)
+    return active
+
+
+@triton.jit
+def sample_at(samples_ptr, place):
+    """The sample in a place of the route that is known to hold one, int64."""
+    sample = place.to(tl.int64)
+    if samples_ptr is not None:
+        sample = tl.load(samples_ptr + place).to(tl.int64)
+    return sample

@@ -11,8 +11,13 @@ from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.supernet.host_reads import RefuseHostReads
-from tossup import Mamba, StochasticMixer
-from tossup.supernet.optimizer import GatedAdamW, clip_grad_norm_, parameter_groups
+from tossup import Mamba, MixerTable, StochasticMixer
+from tossup.supernet.optimizer import (
+    GatedAdamW,
+    clip_grad_norm_,
+    forget_gradients,
+    parameter_groups,
+)
 
 LAYERS, MIXERS, STEPS = 3, 2, 30
 GATES = [None, *((layer, mixer) for layer in range(LAYERS) for mixer in range(MIXERS))]
@@ -508,3 +513,34 @@ def test_layers_of_one_number_are_refused():
     message = "layer takes a number of its own in every StochasticMixer, got 0 in 0 and in 1"
     with pytest.raises(ValueError, match=message):
         parameter_groups(torch.nn.Sequential(*layers))
+
+
+def test_forgetting_gradients_trains_as_clearing_them_does():
+    """In a layer under device dispatch beside one under host dispatch; the first keeps memory."""
+    results = []
+    for dispatch in ("device", "host"):
+        torch.manual_seed(0)
+        layers = [
+            StochasticMixer({"one": Mamba(8), "two": Mamba(8)}, layer=layer, dispatch=kind)
+            for layer, kind in enumerate((dispatch, "host"))
+        ]
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), *layers)
+        optimizer = GatedAdamW(parameter_groups(model), lr=1e-2)
+        addresses = []
+        for step in range(4):
+            table = MixerTable.of(torch.tensor([[step % 2], [1]]), 2, 3)
+            x = model[0](torch.randn(3, 5, 8))
+            for layer in layers:
+                x = layer(x, table=table)
+            x.square().sum().backward()
+            optimizer.step(used=table.count)
+            if dispatch == "host":
+                optimizer.zero_grad()
+                continue
+            forget_gradients(model, optimizer)
+            routed = list(layers[0].mixers.parameters())
+            addresses.append([p.grad.data_ptr() for p in routed])
+            assert all(p.grad is None for p in set(model.parameters()) - set(routed))
+        assert all(found == addresses[0] for found in addresses)
+        results.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*results)
