@@ -7,6 +7,7 @@ specialisations, and a report tells what a launch takes: registers, spills, shar
 instructions in each innermost loop. ptxas, cuobjdump and nvdisasm come with Triton.
 """
 
+import os
 import re
 import subprocess
 import tempfile
@@ -35,6 +36,9 @@ PROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
 
 # Programs that a grid may have along each axis (the same table)
 MOST_PROGRAMS = (2**31 - 1, 65535, 65535)
+
+# Whether Triton makes one instruction of a product and a sum, by default
+FUSION = "TRITON_DEFAULT_FP_FUSION"
 
 TENSOR_CORES = ("HGMMA", "HMMA", "UTCHMMA", "IMMA", "QGMMA")
 GLOBAL_LOADS = ("LDG", "LDGSTS", "UTMALDG", "UBLKCP")
@@ -146,9 +150,26 @@ def offline(arch: int) -> Iterator[list[Launch]]:
     active = triton.runtime.driver._active
     triton.runtime.driver.set_active(driver)
     try:
-        yield driver.launches
+        with fusing():
+            yield driver.launches
     finally:
         triton.runtime.driver.set_active(active)
+
+
+@contextmanager
+def fusing() -> Iterator[None]:
+    """Within, products are fused with sums, unless the environment says otherwise.
+
+    So they are by default up to Triton 3.9, which warns where nothing is said, as 3.10 will not.
+    Triton keeps what it compiles by what is said, so whoever wants to find it again says the same.
+    """
+    said = FUSION in os.environ
+    os.environ.setdefault(FUSION, "1")
+    try:
+        yield
+    finally:
+        if not said:
+            del os.environ[FUSION]
 
 
 class OfflineDriver(DriverBase):

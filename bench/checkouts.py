@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tossup.autotune.offline import FUSION
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path("tossup/__init__.py")
 
@@ -61,9 +63,10 @@ def worker(checkout: Path, device: str, modules: Sequence[str] = ()) -> Iterator
 
     modules: what it imports for workloads of a user's, from the checkout, or from where this
     process finds them."""
+    path = os.pathsep.join([str(checkout), *own_path()])
     process = subprocess.Popen(
         [sys.executable, "-P", ROOT / "bench/worker.py", device, *modules],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(checkout), *own_path()])},
+        env={FUSION: "1"} | os.environ | {"PYTHONPATH": path},  # said, lest Triton warns
         cwd=checkout, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None

@@ -112,13 +112,14 @@ class Trainer:
 
     def run(self) -> None:
         options = self.options
+        nothing_to_say = self.step == options.steps or not self.ranks.first
         bar = tqdm(
             desc="train",
             total=options.steps,
             initial=self.step,
             unit="step",
             dynamic_ncols=True,
-            disable=self.step == options.steps or not self.ranks.first,  # nothing left to do or say
+            disable=nothing_to_say or None,  # None: where nobody watches
         )
         metrics = self.config.output / "metrics.jsonl" if self.ranks.first else Path(os.devnull)
         with bar, open(metrics, "a") as log:

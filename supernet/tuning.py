@@ -12,7 +12,7 @@ import torch
 import triton
 from tqdm import tqdm
 
-from ..autotune.offline import SHARED_MEMORY
+from ..autotune.offline import SHARED_MEMORY, fusing
 from ..autotune.pruning import Survey, survey_all
 from ..autotune.timing import GpuStopwatch, Stopwatch, Timing, rounds_within, take_turns
 from ..autotune.tune import Machine, Prune, list_survivors, tune
@@ -95,12 +95,14 @@ def number_of(arch: str) -> int:
 
 @contextmanager
 def pruning(arch: int) -> Iterator[Prune]:
-    """Surveys by a process for each core, with a bar that shows how many are left."""
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+    """Surveys by a process for each core, with a bar that shows how many are left. What they
+    compile is found again by what is launched in this context."""
+    with fusing(), ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
 
         def prune(workload: Workload, direction: str, kernel: str, found: Sequence) -> Iterator:
             surveys: Iterator[Survey] = survey_all(pool, arch, workload, direction, kernel, found)
-            return iter(tqdm(surveys, kernel, len(found), unit="candidate", leave=False))
+            bar = tqdm(surveys, kernel, len(found), unit="candidate", leave=False, disable=None)
+            return iter(bar)
 
         yield prune
 

@@ -55,7 +55,14 @@ def run_search(run: RunConfig, config: SearchConfig) -> dict[str, Any]:
         total = max_evaluations(
             space, config.beam_width, config.initial_beam_width, config.early_stop
         )
-    bar = tqdm(total=total, unit="placement", desc="search", dynamic_ncols=True, delay=1)
+    bar = tqdm(
+        total=total,
+        unit="placement",
+        desc="search",
+        dynamic_ncols=True,
+        delay=1,
+        disable=None,  # where nobody watches
+    )
 
     def score(placements: Sequence[Placement]) -> list[Score]:
         scores = evaluate_placements(model, batches, placements)

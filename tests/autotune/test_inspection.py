@@ -30,7 +30,7 @@ def inspect(path: Path | None) -> dict:
         [sys.executable, "-m", "tossup.supernet", "inspect", "--json", "--arch", *archs],
         env=environment, cwd=ROOT, text=True, capture_output=True,
     )  # fmt: skip
-    assert inspected.returncode == 0, inspected.stderr
+    assert inspected.returncode == 0 and inspected.stderr == "", inspected.stderr
     return json.loads(inspected.stdout)
 
 

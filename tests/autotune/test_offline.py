@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from tossup.autotune.offline import (
+    FUSION,
     SHARED_MEMORY,
     Instruction,
     compile_launches,
     innermost_loops,
+    offline,
     parse,
     unordered_writes,
 )
@@ -92,6 +94,17 @@ def test_loops_are_jumps_back_without_another_within():
     assert code[2] == Instruction("@!P0 ", "LDG.E.128", " R4, desc[UR4][R2.64] ")
     assert len(code) == 9 and labels[".L_x_3"] == 7
     assert innermost_loops(code, labels) == [(2, 4)]
+
+
+def test_what_is_said_of_fusion_holds_and_else_it_is_on(monkeypatch):
+    monkeypatch.delenv(FUSION, raising=False)
+    with offline(90):
+        assert os.environ[FUSION] == "1"
+    assert FUSION not in os.environ
+    monkeypatch.setenv(FUSION, "0")
+    with offline(90):
+        assert os.environ[FUSION] == "0"
+    assert os.environ[FUSION] == "0"
 
 
 def test_an_unknown_architecture_and_the_interpreter_are_refused(monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import triton
 import yaml
+from tqdm import tqdm
 
 import tossup
 from tests.supernet.tiny import run_values
@@ -104,6 +105,19 @@ def test_search_writes_the_best_placement_as_a_checkpoint(trained, tmp_path, cap
     exported = load_checkpoint(export)
     assert exported.config.placement == best
     assert torch.equal(exported.eval()(batches[0][0]), model.eval()(batches[0][0], placement=best))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_bars_are_drawn_where_somebody_watches(trained, tmp_path, monkeypatch, capsys, watched):
+    bar = lambda delay=0, **options: tqdm(**options)  # noqa: E731, of short searches as well
+    for module in ("train", "search.run"):
+        monkeypatch.setattr(f"tossup.supernet.{module}.tqdm", bar)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: watched)
+    for words in (["train", f"output={tmp_path}"], ["search", f"search.output_path={tmp_path}/s"]):
+        command, *overrides = words
+        assert main([command, str(trained), *overrides]) == 0
+        drawn = capsys.readouterr().err
+        assert (f"{command}: 100%" in drawn) if watched else drawn == ""
 
 
 def test_killed_search_resumes_to_the_same_bytes(trained, tmp_path):

@@ -93,7 +93,9 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(tmp_path):
     values["output"] = str(tmp_path / "killed")
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "tossup.supernet", "train", str(config)]
+    watched = "import sys; sys.stderr.isatty = lambda: True"  # the bar tells where a run begins
+    run = f"{watched}; from tossup.supernet.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", run, "train", str(config)]
     firsts, progress = [], set()
     while True:
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -1,16 +1,18 @@
 """`tossup tune`: what it refuses, and the timing that it gives the tuner."""
 
+import os
 import weakref
 
 import pytest
 import torch
 import triton
 
+from tossup.autotune.offline import FUSION
 from tossup.autotune.timing import CpuStopwatch, Run
 from tossup.supernet import tuning
 from tossup.supernet.cli import main
 from tossup.supernet.errors import ConfigError
-from tossup.supernet.tuning import measure, workloads_of
+from tossup.supernet.tuning import measure, pruning, workloads_of
 
 
 @pytest.fixture
@@ -33,6 +35,15 @@ def test_wrong_words_get_one_sentence(compiler, capsys, words, message):
     assert len(error.splitlines()) == 1
     with pytest.raises(ValueError, match=message):
         raise ValueError(error)
+
+
+def test_what_surveys_compile_is_kept_as_launches_look_for_it(monkeypatch, capsys):
+    monkeypatch.delenv(FUSION, raising=False)
+    monkeypatch.setattr(tuning, "survey_all", lambda *work: iter("ab"))
+    with pruning(90) as prune:
+        assert os.environ[FUSION] == "1"
+        assert list(prune(None, "forward", "linear", "ab")) == ["a", "b"]
+    assert capsys.readouterr().err == ""  # no bar where nobody watches
 
 
 def test_without_a_gpu_nothing_is_claimed(compiler, capsys, monkeypatch):
