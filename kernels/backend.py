@@ -52,6 +52,16 @@ def load_backend(package: str, impl: str) -> ModuleType:
     return importlib.import_module(f"{package}.{'kernel' if impl == 'triton' else impl}")
 
 
+def backend_for(package: str, impl: str, device: torch.device) -> ModuleType:
+    """`load_backend` of one that runs on the device.
+
+    Raises ValueError for impl="triton" on the CPU where Triton does not interpret.
+    """
+    if impl == "triton" and device.type == "cpu":
+        refuse_cpu_unless_interpreted()
+    return load_backend(package, impl)
+
+
 def call_backend(
     package: str,
     impl: str,
@@ -64,10 +74,8 @@ def call_backend(
     Triton launches on the current device, whichever its tensors are on. Raises ValueError for
     impl="triton" where tensors are on the CPU and Triton does not interpret.
     """
-    backend = load_backend(package, impl)
     tensor = first[0] if isinstance(first, list) else first
-    if impl == "triton" and tensor.device.type == "cpu":
-        refuse_cpu_unless_interpreted()
+    backend = backend_for(package, impl, tensor.device)
     with torch.cuda.device_of(tensor):
         return getattr(backend, function)(first, *others)
 

@@ -26,7 +26,7 @@ alone.
 import torch
 from torch import Tensor
 
-from ..backend import Impl, load_backend, refuse_cpu_unless_interpreted, resolve_impl
+from ..backend import Impl, backend_for, resolve_impl
 from .route import Route, place, put, rows_of, snapshot, take, tensors_of
 from .strategy import Kind, Strategy
 from .table import MixerTable
@@ -84,8 +84,5 @@ def draw(
     if device is None:
         device = step.device if isinstance(step, Tensor) else torch.get_default_device()
     device = torch.device(device)
-    impl = resolve_impl(impl, device)
-    if impl == "triton" and device.type == "cpu":
-        refuse_cpu_unless_interpreted()
-    backend = load_backend(__package__, impl)
+    backend = backend_for(__package__, resolve_impl(impl, device), device)
     return backend.draw(strategy, seed % 2**64, step, stage, batch, device)
