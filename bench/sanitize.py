@@ -8,6 +8,8 @@ import torch
 import tossup
 from tossup.kernels import descriptors
 from tossup.kernels.accumulate import accumulate_into
+from tossup.kernels.adamw import Bucket, adamw_, gradient_norm, scale_gradients_
+from tossup.kernels.adamw.bucket import CHUNK
 
 BATCH, SEQLEN, HEADS, KV_HEADS, DIM, STATES = 3, 130, 4, 2, 72, 16
 
@@ -86,6 +88,20 @@ def sums(route: tossup.Route) -> None:
     accumulate_into(totals, gradients, written=route.count, route=route)
 
 
+def optimize() -> None:
+    """Whole chunks and a rest, and what lies anywhere, of two mixers of which one was used."""
+    sizes = (CHUNK + 1500, 2 * CHUNK, 5)
+    columns = [[random(size + 1).detach()[1:] for size in sizes] for _ in range(4)]
+    params, gradients, exp_avgs, exp_avg_sqs = columns
+    steps = [torch.zeros((), device="cuda") for _ in sizes]
+    bucket = Bucket(params, [(0, 0), (0, 1), None], exp_avgs, exp_avg_sqs, steps)
+    used = torch.tensor([[2, 0]], device="cuda")
+    for inactive in ("skip", "decay"):
+        norm = gradient_norm(bucket, gradients, used)
+        scale_gradients_(bucket, gradients, 1 / norm, used)
+        adamw_(bucket, gradients, used, inactive=inactive)
+
+
 def decode(route: tossup.Route) -> None:
     q = random(BATCH, 1, HEADS, 64)
     k, v = (random(BATCH, 8 * SEQLEN, KV_HEADS, 64) for _ in range(2))  # several programs' keys
@@ -111,6 +127,7 @@ def main() -> None:
     for op in (attention, mamba, positions, repetitions, projections, sums, decode):
         for mixer in range(2):
             op(table.route(1, mixer))
+    optimize()
     descriptors.BRIEF = 0  # tiles by descriptors, which small sizes do without
     for op in (attention, projections):
         op(table.route(1, 0))

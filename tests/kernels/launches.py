@@ -40,9 +40,10 @@ SHAPES = [
     ("repeat_groups", dict(dim=64, seqlen=40)),
     ("selective_state_update", dict(dim=64)),
     ("causal_conv1d_update", dict(dim=64)),
+    ("adamw", dict(parameters=3, elements=40, dtype="fp32")),
 ]
 
-WIDTHS = {"b32": 4, "u32": 4, "f32": 4, "b64": 8, "u64": 8}
+WIDTHS = {"b32": 4, "u32": 4, "f32": 4, "b64": 8, "u64": 8, "f64": 8}
 PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.(\w+)[^\n]*_param_\d+(\[128\])?")
 
 
@@ -93,6 +94,8 @@ class Launcher(nvidia.CudaLauncher):
             wanted = 0 if value is None else value.data_ptr()
         elif kind in ("fp32", "f32"):
             (wanted,) = struct.unpack("I", struct.pack("f", value))
+        elif kind in ("fp64", "f64"):
+            (wanted,) = struct.unpack("Q", struct.pack("d", value))
         else:
             wanted = value % 2 ** int(kind[1:])
         assert given == wanted, (where, kind, given, wanted)

@@ -18,9 +18,11 @@ OLDEST = ROOT / ".venv/triton-3.6"
 
 KERNELS = {
     "accumulate_kernel",
+    "adamw_kernel",
     "add_up_kernel",
     "backward_kernel",
     "carry_kernel",
+    "count_kernel",
     "dkdv_kernel",
     "dq_kernel",
     "draw_kernel",
@@ -29,8 +31,10 @@ KERNELS = {
     "join_kernel",
     "linear_kernel",
     "local_kernel",
+    "norm_kernel",
     "repeat_kernel",
     "rotary_kernel",
+    "scale_kernel",
     "sum_kernel",
     "update_kernel",
     "weight_gradient_kernel",
