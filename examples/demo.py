@@ -44,10 +44,10 @@ def main() -> None:
 
     export = config.output / "export"
     save_checkpoint(supernet, export, "apriel_hybrid_ssm", winner)
-    reloaded = load_checkpoint(export).eval()
+    reloaded = load_checkpoint(export)
     tokens = batches[0][0]
     with torch.no_grad():
-        same = torch.equal(reloaded(tokens), supernet.eval()(tokens, placement=winner))
+        same = torch.equal(reloaded(tokens), supernet(tokens, placement=winner))
 
     print_table(scores, winner)
     found = result["final_configuration"]["score"]

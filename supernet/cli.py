@@ -1,6 +1,7 @@
 """The command line: `tossup COMMAND [CONFIG] [key=value …]`.
 
-CONFIG is a YAML file; overrides name nested keys with dots and take YAML values.
+CONFIG is a YAML file, or the folder of a run, which holds one; overrides name nested keys with dots
+and take YAML values.
 """
 
 import argparse
@@ -252,7 +253,8 @@ def add_configured(commands: Any, name: str, command: Command, module: str, conf
     def keys() -> Iterable[str]:
         return describe(getattr(importlib.import_module(f".{module}", __package__), config))
 
-    runs(sub, lambda o: command(*split(o.words)), "keys", keys)
+    parts = split if config == "ConvertConfig" else split_run
+    runs(sub, lambda o: command(*parts(o.words)), "keys", keys)
 
 
 def add_bench(commands: Any) -> None:
@@ -329,3 +331,17 @@ def split(words: Sequence[str]) -> tuple[Path | None, Sequence[str]]:
     if words and ("=" not in words[0] or Path(words[0]).is_file()):
         return Path(words[0]), words[1:]
     return None, words
+
+
+def split_run(words: Sequence[str]) -> tuple[Path | None, Sequence[str]]:
+    """The same where CONFIG describes a run, and may be its folder, wherever that stands now."""
+    if not words:
+        raise ConfigError("CONFIG is required, a YAML file or the folder of a run")
+    path, overrides = split(words)
+    if path is None or not path.is_dir():
+        return path, overrides
+    if not (path / "config.yaml").exists():
+        raise ConfigError(
+            f"CONFIG takes a YAML file or the folder of a run, got {path}, without config.yaml"
+        )
+    return path / "config.yaml", [f"output={json.dumps(str(path))}", *overrides]

@@ -39,10 +39,12 @@ def names_or_path(placement: Any) -> Any:
     if placement is None or names or isinstance(placement, str | Path):
         return placement
     raise ValueError(
-        f"takes a list of mixer names or the path of a search result, got {placement!r}"
+        "takes a list of mixer names, one name for all layers, or the path of a search result, "
+        f"got {placement!r}"
     )
 
 
+# A path that is a mixer's name means that mixer in every layer: `placement_of` knows the mixers.
 NamesOrResult = Annotated[tuple[str, ...] | Path | None, BeforeValidator(names_or_path)]
 
 
@@ -313,7 +315,9 @@ class TrainingConfig(Strict):
     )
     learning_rate: PositiveFloat = Field(1e-3, description="the peak")
     final_learning_rate: NonNegativeFloat = Field(0.0, description="after the cosine")
-    warmup_steps: NonNegativeInt = Field(0, description="in which the rate rises to its peak")
+    warmup_steps: NonNegativeInt = Field(
+        0, description="in which the rate rises to its peak; a shorter run ends on the way up"
+    )
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's")
     eps: PositiveFloat = Field(1e-8, description="AdamW's")
     weight_decay: NonNegativeFloat = Field(0.1, description="AdamW's, of matrices")
@@ -360,14 +364,6 @@ class TrainingConfig(Strict):
                 raise ValueError(f"{key} takes dispatch device, got {self.dispatch}")
         return self
 
-    @model_validator(mode="after")
-    def warmup_ends(self) -> "TrainingConfig":
-        if self.warmup_steps > self.steps:
-            raise ValueError(
-                f"warmup_steps takes at most the {self.steps} steps, got {self.warmup_steps}"
-            )
-        return self
-
 
 class RunConfig(Strict):
     """One file for training, search and evaluation."""
@@ -405,7 +401,9 @@ class EvaluationConfig(RunConfig):
         None, description="of any format, or a run; none is this run's newest"
     )
     placement: NamesOrResult = Field(
-        None, description="a mixer name per layer, or a search result; none is the main mixers"
+        None,
+        description="a mixer name per layer, one for all layers, or a search result; none is the "
+        "main mixers",
     )
 
     @model_validator(mode="after")

@@ -15,8 +15,12 @@ def device_of(name: str, key: str = "training.device") -> torch.device:
 
     Raises ConfigError where this machine has no such device, or the mixers have no backend for it.
     """
+    takes = f"{key} takes a device of this machine, such as cpu or cuda, got {name!r}"
     try:
         device = torch.device(name)
+    except RuntimeError as error:  # which lists all devices that torch has ever known
+        raise ConfigError(takes) from error
+    try:
         if device.type == "cuda":
             own = int(os.environ.get("LOCAL_RANK", "0"))
             device = torch.device("cuda", own if device.index is None else device.index)
@@ -24,9 +28,7 @@ def device_of(name: str, key: str = "training.device") -> torch.device:
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ConfigError(
-            f"{key} takes a device of this machine, such as cpu, got {name!r}: {said(error)}"
-        ) from error
+        raise ConfigError(f"{takes}: {said(error)}") from error
     try:
         backend = resolve_impl("auto", device)
     except ValueError as error:

@@ -17,7 +17,8 @@ def write_atomically(path: Path | str, data: bytes | str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path, "tmp")
-    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    with _named(temporary, path):
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
@@ -35,7 +36,8 @@ def directory_atomically(path: Path | str) -> Iterator[Path]:
     temporary, previous = _beside(path, "tmp"), _beside(path, "old")
     if temporary.exists():
         shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
+    with _named(temporary, path):
+        temporary.mkdir(parents=True)
     try:
         yield temporary
     except BaseException:
@@ -87,6 +89,17 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _named(temporary: Path, path: Path) -> Iterator[None]:
+    """Let an OSError of a temporary name speak of the one that was asked for."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename = str(path)
+        raise
 
 
 def _beside(path: Path, suffix: str) -> Path:

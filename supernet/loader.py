@@ -3,6 +3,7 @@
 Whatever is wrong becomes one sentence that names the key, what it got and what it takes.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -119,10 +120,24 @@ def sentence(key: str, details: Sequence[Any]) -> str:
         return f"{prefix}takes one of {context['expected_tags']}, got {context['tag']!r}"
     if first["type"] == "extra_forbidden":
         return f"{prefix}is not a known key"
-    messages = [detail["msg"].partition(", unable to")[0] for detail in details]
+    messages = [in_plain_words(detail["msg"].partition(", unable to")[0]) for detail in details]
     others = dict.fromkeys(message.removeprefix("Input should be ") for message in messages[1:])
     wrong = " or ".join((messages[0][0].lower() + messages[0][1:], *others))
     return f"{prefix}{wrong}, got {first['input']!r}"
+
+
+# What pydantic calls values by the types that Python keeps them in
+PLAIN = {
+    r"a valid (tuple|list)": "a list",
+    r"a valid dictionary( or (instance|object) .*)?": "keys and values",
+    r"is not a valid path.*": "should be a path",
+}
+
+
+def in_plain_words(message: str) -> str:
+    for theirs, ours in PLAIN.items():
+        message = re.sub(theirs, ours, message)
+    return message
 
 
 def describe(

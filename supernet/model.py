@@ -55,6 +55,11 @@ class SupernetModel(nn.Module):
 
     def __init__(self, config: ModelConfig, dispatch: Dispatch = "host"):
         super().__init__()
+        if not isinstance(config, ModelConfig):
+            raise ValueError(
+                f"config takes a ModelConfig, got {type(config).__name__}: "
+                "tossup.ModelConfig(**values) makes one of a mapping"
+            )
         self.config, self.dispatch = config, dispatch
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(

@@ -53,7 +53,9 @@ class ConvertConfig(Strict):
     output: Path = Field(description="the folder to write; a checkpoint there is replaced")
     format: FormatName = "tossup"
     placement: NamesOrResult = Field(
-        None, description="a mixer name per layer, or a search result; none keeps what input has"
+        None,
+        description="a mixer name per layer, one for all layers, or a search result; none keeps "
+        "what input has",
     )
 
 
@@ -69,6 +71,8 @@ def load_checkpoint(path: Path | str, dispatch: Dispatch = "host") -> SupernetMo
     """The model of a checkpoint's folder; its config.json says in which format it is.
 
     path: of a checkpoint, or of a run, whose newest checkpoint it is then.
+    Returns it in evaluation mode, on the CPU and in the file's dtypes, as transformers'
+    `from_pretrained` does: call its `train()` before training it further.
     Raises ConfigError where the format is unknown, or holds what a model of ours cannot.
     """
     folder = checkpoint_of(Path(path))
@@ -76,11 +80,11 @@ def load_checkpoint(path: Path | str, dispatch: Dispatch = "host") -> SupernetMo
     settings = read_json(folder / "config.json")
     model_type = settings.get("model_type")
     if model_type == FORMAT:
-        return read_checkpoint(folder, dispatch)
+        return read_checkpoint(folder, dispatch).eval()
     architectures = settings.get("architectures") or ()
     for fmt in FORMATS.values():
         if model_type == fmt.model_type or fmt.architecture in architectures:
-            return read_model(folder, fmt, dispatch)
+            return read_model(folder, fmt, dispatch).eval()
     raise ConfigError(
         f"model_type takes one of {[FORMAT, *FORMATS]}, got {model_type!r} in {folder}/config.json"
     )

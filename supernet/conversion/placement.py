@@ -34,8 +34,20 @@ def place(model: SupernetModel, placement: Sequence[str]) -> SupernetModel:
 def placement_of(
     given: tuple[str, ...] | Path | None, config: ModelConfig
 ) -> tuple[str, ...] | None:
-    """The placement that was given by names or in a search result."""
-    return placement_of_result(given, config) if isinstance(given, Path) else given
+    """The placement that was given by names, by one name for all layers, or in a search result.
+
+    Raises ConfigError where what was given is neither a mixer's name nor a file.
+    """
+    if not isinstance(given, Path):
+        return given
+    if str(given) in config.mixers:
+        return (str(given),) * config.num_layers
+    if not given.exists():
+        raise ConfigError(
+            f"placement takes one of the mixers {list(config.mixers)}, a list of one for each "
+            f"layer, or the file of a search result, got {str(given)!r}, and no such file is there"
+        )
+    return placement_of_result(given, config)
 
 
 def placement_of_result(path: Path, config: ModelConfig) -> tuple[str, ...]:

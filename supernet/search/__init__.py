@@ -36,7 +36,12 @@ def search(config: SearchConfig, space: SearchSpace, score: ScoreFunction) -> Se
     objective = Objective(config.score_metric, config.higher_is_better)
     if config.method == "exhaustive":
         return exhaustive_search(
-            score, space, objective, limit=config.exhaustive_limit, keep=config.beam_width
+            score,
+            space,
+            objective,
+            limit=config.exhaustive_limit,
+            limit_key=config.key("exhaustive_limit"),
+            keep=config.beam_width,
         )
     return beam_search(
         score,

@@ -48,7 +48,9 @@ class SearchConfig(Strict):
         None, description="for cost latency: a file that tossup latency wrote"
     )
     output_path: Path | None = Field(
-        None, description="the result, a JSON file; none means search.json in the run's folder"
+        None,
+        description="the result, a JSON file; none means search.json in the run's folder; that of "
+        "another search is not overwritten",
     )
     journal_path: Path | None = Field(
         None, description="scores so far; none means output_path with the suffix .journal.jsonl"
@@ -79,6 +81,10 @@ class SearchConfig(Strict):
     def errors_are_defined(self) -> "SearchConfig":
         check_samples(self.batches, self.batch_size)
         return self
+
+    def key(self, name: str) -> str:
+        """What its file calls a key: the search of a file's own run stands under `search`."""
+        return name if self.training_config else f"search.{name}"
 
     def result_path(self, run: Path) -> Path:
         """Where the result goes, given the run's folder."""

@@ -6,15 +6,20 @@ no paths, so that a search that was killed and resumed leaves the same bytes as 
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checkpoint import read_json
+from ..errors import ConfigError
 from ..files import write_atomically
+from ..run_folder import differences
 from .config import SearchConfig
 from .journal import Fingerprints
 from .scoring import Phase, Scored, SearchOutcome
-from .space import Placement, layers_of
+from .space import Placement, SearchSpace, layers_of
+
+BATCHES = "batches", "batch_size"  # of a search's settings, those that its scores depend on
 
 
 class Cost(NamedTuple):
@@ -64,21 +69,7 @@ def result_of(
         return {"placement": scored.placement, "score": value, "counts": counts, **priced}
 
     return {
-        "config": {
-            "num_layers": space.layers,
-            "num_mixers": len(space.mixers),
-            "mixers": space.mixers,
-            "method": outcome.method,
-            "budgets": list(space.budgets.values()),
-            "budgets_by_mixer": space.budgets,
-            "beam_width": config.beam_width,
-            "initial_beam_width": config.initial_beam_width,
-            "early_stop": config.early_stop,
-            "early_stop_threshold": config.early_stop_threshold,
-            "score_metric": config.score_metric,
-            "higher_is_better": config.higher_is_better,
-            "cost_unit": None if cost is None else cost.unit,
-        },
+        "config": {**searched(config, space, cost), "method": outcome.method},
         "fingerprints": {
             "model": fingerprints.model,
             "data": fingerprints.data,
@@ -104,6 +95,64 @@ def result_of(
         "beam": [entry(scored) for scored in outcome.beam],
         "pareto": [entry(scored) for scored in pareto_set(outcome, cost)],
     }
+
+
+def searched(config: SearchConfig, space: SearchSpace, cost: Cost | None) -> dict[str, Any]:
+    """What was searched, and how: the result's `config`."""
+    return {
+        "num_layers": space.layers,
+        "num_mixers": len(space.mixers),
+        "mixers": list(space.mixers),
+        "method": config.method,
+        "budgets": list(space.budgets.values()),
+        "budgets_by_mixer": space.budgets,
+        "beam_width": config.beam_width,
+        "initial_beam_width": config.initial_beam_width,
+        "early_stop": config.early_stop,
+        "early_stop_threshold": config.early_stop_threshold,
+        "score_metric": config.score_metric,
+        "higher_is_better": config.higher_is_better,
+        "cost_unit": None if cost is None else cost.unit,
+    }
+
+
+def refuse_another(
+    path: Path,
+    config: SearchConfig,
+    space: SearchSpace,
+    fingerprints: Fingerprints,
+    cost: Cost | None,
+) -> None:
+    """Raises ConfigError where `path` holds anything but an earlier result of the same search.
+
+    The same search may be of a model that was trained on, but not of other data or of other
+    batches of them.
+    """
+    if not path.exists():
+        return
+    key = config.key("output_path")
+    now = decisive(searched(config, space, cost), fingerprints.settings, fingerprints.data)
+    found = read_json(path)
+    try:
+        theirs = found["fingerprints"]
+        was = decisive(found["config"], theirs["settings"], theirs["data"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{key} takes a new file or a result of this search, and {path} is neither"
+        ) from error
+    for name, had, have in differences(was, now):
+        raise ConfigError(
+            f"{path} holds a search whose {name} is {had}, not {have}: give another {key}, or "
+            "remove the file"
+        )
+
+
+def decisive(config: Mapping[str, Any], settings: Mapping[str, Any], data: str) -> dict[str, Any]:
+    """What makes a search another one, of a result's parts, as one would say it."""
+    budgets = ", ".join(f"{name}: {count}" for name, count in config["budgets_by_mixer"].items())
+    others = {key: value for key, value in config.items() if key != "budgets_by_mixer"}
+    batches = {name: settings[name] for name in BATCHES}
+    return {**others, "budgets": budgets, **batches, "data": data}
 
 
 def pareto_set(outcome: SearchOutcome, cost: Cost | None = None) -> list[Scored]:

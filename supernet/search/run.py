@@ -23,7 +23,7 @@ from ..run_folder import differences, latest_checkpoint
 from . import search
 from .beam import max_evaluations
 from .journal import Fingerprints, Journal
-from .result import Cost, write_result
+from .result import Cost, refuse_another, write_result
 from .scoring import Score
 from .space import Placement, SearchSpace
 
@@ -32,7 +32,8 @@ def run_search(run: RunConfig, config: SearchConfig) -> dict[str, Any]:
     """Search the run's newest checkpoint, write the result (and a checkpoint), and return it.
 
     Raises ConfigError where the checkpoint is no supernet or not of the run's model, where the
-    budgets do not fit it, and where the files cannot be written.
+    budgets do not fit it, where the files cannot be written, and where the result of another search
+    is there.
     """
     checkpoint = latest_checkpoint(run.output)
     output = config.result_path(run.output)
@@ -40,7 +41,7 @@ def run_search(run: RunConfig, config: SearchConfig) -> dict[str, Any]:
     model = load_checkpoint(checkpoint, run.training.dispatch).to(device_of(run.training.device))
     check_model(run.model, model.config)
     space = SearchSpace.from_budgets(
-        model.config.num_layers, list(model.mixer_names), config.budgets
+        model.config.num_layers, list(model.mixer_names), config.budgets, config.key("budgets")
     )
     data = build_data(run.data, run.seed)
     batches = data.evaluation(config.batches, config.batch_size)
@@ -50,6 +51,7 @@ def run_search(run: RunConfig, config: SearchConfig) -> dict[str, Any]:
     settings |= {"torch": torch.__version__, "tossup": __version__}
     settings["impl"] = resolve_impl("auto", torch.device(run.training.device))
     fingerprints = Fingerprints(fingerprint_of(checkpoint), data.fingerprint(), settings)
+    refuse_another(output, config, space, fingerprints, cost)
     total = space.size
     if config.method == "beam":
         total = max_evaluations(
@@ -92,23 +94,23 @@ def cost_model(config: SearchConfig, model: SupernetModel, seqlen: int) -> Cost:
         return Cost(lambda placement: model.flops_per_token(seqlen, placement), unit)
     from ..latency import check_model, cost_of, read
 
-    table = read(config.latency_table, "latency_table")
-    check_model(table, model.config, f"latency_table: {config.latency_table}")
+    key = config.key("latency_table")
+    table = read(config.latency_table, key)
+    check_model(table, model.config, f"{key}: {config.latency_table}")
     return Cost(partial(cost_of, table), table.meaning)
 
 
 def check_outputs(output: Path, config: SearchConfig) -> None:
     """Find out before the search whether its files can be written, and not after it."""
+    key = config.key("output_path")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(
-            f"output_path: cannot make the folder of {output}: {error.strerror}"
-        ) from error
+        raise ConfigError(f"{key}: cannot make the folder of {output}: {error.strerror}") from error
     if output.is_dir():
-        raise ConfigError(f"output_path takes a file, got the folder {output}")
+        raise ConfigError(f"{key} takes a file, got the folder {output}")
     if not os.access(output.parent, os.W_OK):
-        raise ConfigError(f"output_path: cannot write into {output.parent}")
+        raise ConfigError(f"{key}: cannot write into {output.parent}")
     if config.output_checkpoint_path is not None:
         refuse_foreign(config.output_checkpoint_path)
 

@@ -27,34 +27,33 @@ class SearchSpace:
     filler: str
 
     @classmethod
-    def from_budgets(cls, layers: int, mixers: Sequence[str], budgets: Budgets) -> "SearchSpace":
+    def from_budgets(
+        cls, layers: int, mixers: Sequence[str], budgets: Budgets, key: str = "budgets"
+    ) -> "SearchSpace":
         """Check the budgets against the model.
 
         A list gives the first mixers their budgets in declared order, and the next one fills. A
         dict names the mixers; they are placed in its order, and the first one it leaves out fills.
-        ConfigError names the budget that cannot be met.
+        ConfigError names the budget that cannot be met; key is what the file calls budgets.
         """
         if len(set(mixers)) != len(mixers):
             raise ConfigError(f"mixers must have different names, got {list(mixers)}")
         for mixer in budgets if isinstance(budgets, Mapping) else ():
             if mixer not in mixers:
-                raise ConfigError(f"budgets names {mixer!r}; the mixers are {list(mixers)}")
+                raise ConfigError(f"{key} names {mixer!r}; the mixers are {list(mixers)}")
         if not 0 < len(budgets) < len(mixers):
             raise ConfigError(
-                f"budgets has {len(budgets)} entries; {len(mixers)} mixers take 1 to "
-                f"{len(mixers) - 1}, as one mixer fills the other layers"
+                f"{key} takes a budget for one of the mixers {list(mixers)} or more, but not for "
+                f"all, as one fills the other layers, got {len(budgets)} budgets"
             )
         if not isinstance(budgets, Mapping):
             budgets = dict(zip(mixers, budgets, strict=False))
         for mixer, count in budgets.items():
             if count <= 0:
-                raise ConfigError(f"budgets gives {mixer!r} {count} layers; it must be at least 1")
+                raise ConfigError(f"{key} gives {mixer!r} {count} layers; it must be at least 1")
         if sum(budgets.values()) > layers:
             counts = " + ".join(map(str, budgets.values()))
-            raise ConfigError(
-                f"budgets asks for {counts} = {sum(budgets.values())} layers; "
-                f"the model has {layers}"
-            )
+            raise ConfigError(f"{key} takes the model's {layers} layers at most, got {counts}")
         filler = next(mixer for mixer in mixers if mixer not in budgets)
         return cls(layers, tuple(mixers), dict(budgets), filler)
 

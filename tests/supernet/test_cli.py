@@ -218,7 +218,7 @@ def test_eval_measures_what_it_is_told_to(trained, capsys):
     run = run_of(trained)
     model = load_checkpoint(latest_checkpoint(run.output))
     batches = build_data(run.data, run.seed).evaluation(8, 4)
-    placement = ("mamba", "attention", "mamba", "mamba")
+    placement, alike = ("mamba", "attention", "mamba", "mamba"), ("mamba",) * 4
     assert main(["search", str(trained)]) == 0
     result = run.search.output_path
     found = json.loads(result.read_text())["final_configuration"]["placement"]
@@ -227,6 +227,7 @@ def test_eval_measures_what_it_is_told_to(trained, capsys):
         ([], None),
         (["placement=" + json.dumps(placement)], placement),
         ([f"placement={result}"], found),
+        (["placement=mamba"], alike),
     ):
         assert main(["eval", str(trained), *extra]) == 0
         printed = json.loads(capsys.readouterr().out)
@@ -280,7 +281,6 @@ LATIN = {"run.yaml": "output: Zürich".encode("latin-1")}
             "learning_rate: .* a finite number, got inf",
             {},
         ),
-        ("train training.warmup_steps=99", "warmup_steps takes at most the 30 steps, got 99", {}),
         ("train model.mixer.mixers.attention.head_dim=3", "head_dim must be even", {}),
         ("train model.mixer.mixers.mamba.dt_rank=foo", "dt_rank: .* or 'auto', got 'foo'", {}),
         ("train search.training_config=x.yaml", "search.training_config goes in a file", {}),
@@ -291,20 +291,27 @@ LATIN = {"run.yaml": "output: Zürich".encode("latin-1")}
             for command in ("train output={}/new", "eval", "search")
             for device in ("gpu", "xpu", "meta")
         ),
+        ("eval training.device=gpu", "takes a device .*, such as cpu or cuda, got 'gpu'$", {}),
         ("search search.budgets=3", "search.budgets: .*, got 3", {}),
-        ("search search.budgets=[5]", "budgets asks for 5 = 5 layers", {}),
-        ("search search.budgets=[1,1]", "budgets has 2 entries", {}),
+        ("search search.budgets=[5]", ": search.budgets takes the model's 4 layers .*, got 5$", {}),
+        ("search search.budgets=[1,1]", ": search.budgets takes a budget .*, got 2 budgets", {}),
         (
             "search search.score_metric=acuracy",
             "'loss' or 'accuracy', got 'acuracy'",
             {},
         ),
-        ("search search.method=exhaustive search.exhaustive_limit=5", "allow 6 placements", {}),
+        (
+            "search search.method=exhaustive search.exhaustive_limit=5",
+            "allow 6 .* search.exhaustive_l",
+            {},
+        ),
         ("search search.batches=1 search.batch_size=1", "two samples or more", {}),
         ("search search=null", "search: is required", {}),
         ("search model.norm_eps=0.1", "model.norm_eps is 0.1, .* was trained with 1e-05", {}),
         ("search model.num_layers=3", "model.num_layers is 3, .* was trained with 4", {}),
         ("eval placement=[attention]", "placement takes one mixer name for each of the 4", {}),
+        ("eval placement=mambo", r"placement takes one .* got 'mambo', and no such file is", {}),
+        ("eval placement=7", "placement: takes a list of mixer names, one name .*, got 7", {}),
         ("eval placement=[gdn,mamba,mamba,mamba]", "placement takes names .* got 'gdn'", {}),
         (
             "eval data.vocab_size=64 model.vocab_size=64",
@@ -315,8 +322,14 @@ LATIN = {"run.yaml": "output: Zürich".encode("latin-1")}
         # folders and files
         ("train output={}/run.yaml", "cannot write in .*run.yaml: ", {}),
         ("search output={}/nowhere", "nowhere holds no checkpoint", {}),
-        ("search search.output_path={}/empty", "output_path takes a file, got the folder", {}),
-        ("search search.output_path={}/run.yaml/x", "cannot make the folder of .*run.yaml/x", {}),
+        ("search search.output_path={}/empty", ": search.output_path takes a file, got", {}),
+        (
+            "search search.output_path={}/run.yaml/x",
+            ": search.output_path: cannot make the folder",
+            {},
+        ),
+        ("search search.output_path={}/run/config.yaml", "config.yaml is not JSON", {}),
+        ("search", ": search.output_path takes a new file or a .* neither", {"search.json": b"{}"}),
         ("search search.journal_path={}/empty", "cannot open the journal .*empty: ", {}),
         ("search search.output_checkpoint_path={}", "output takes a new folder, or one", {}),
         ("search", "search.journal.jsonl, line 1: not a record", {"search.journal.jsonl": b"x\n"}),
@@ -398,6 +411,7 @@ def test_a_search_reuses_scores_of_the_same_checkpoint_data_and_settings_alone(s
 
     def evaluated(*overrides):
         """How many placements a search scores that no search before it has scored."""
+        (scene / "search.json").unlink(missing_ok=True)  # of other settings
         before = len(journal.read_bytes().splitlines()) if journal.exists() else 0
         assert main(["search", str(scene / "run.yaml"), *overrides]) == 0
         return len(journal.read_bytes().splitlines()) - before
@@ -416,6 +430,60 @@ def test_a_search_reuses_scores_of_the_same_checkpoint_data_and_settings_alone(s
     ):
         assert evaluated(*overrides) > 0, overrides
         assert evaluated(*overrides) == 0, overrides
+
+
+def test_a_finished_search_is_not_lost_to_another(scene, capsys):
+    search = ["search", str(scene / "run.yaml")]
+    assert main(search) == 0
+    result = scene / "search.json"
+    before = result.read_bytes()
+    journal = (scene / "search.journal.jsonl").read_bytes()
+    capsys.readouterr()
+    for override, sentence in (
+        ("search.method=exhaustive", "method is beam, not exhaustive: give another "),
+        ("search.budgets=[1]", "budgets is attention: 2, not attention: 1: give another search"),
+        ("search.budgets={mamba: 2}", "budgets is attention: 2, not mamba: 2: give another search"),
+        (
+            "search.batches=2",
+            "batches is 3, not 2: give .* search.output_path, or remove the file$",
+        ),
+        ("seed=4", "data is .*, not .*: give another search.output_path, or remove the file$"),
+    ):
+        assert main([*search, override]) == 2
+        assert re.search(f"search.json holds a search whose {sentence}", one_line(capsys))
+    assert (scene / "search.journal.jsonl").read_bytes() == journal
+    assert main([*search, "search.budgets=[1]", f"search.output_path={scene}/other.json"]) == 0
+    assert main([*search, "search.candidates_per_forward=2"]) == 0  # which changes no score
+    assert json.loads(result.read_bytes())["config"] == json.loads(before)["config"]
+
+
+def test_a_runs_folder_is_its_configuration_wherever_it_stands(scene, capsys):
+    """Here it is a copy, whose config.yaml names the folder that it was copied from."""
+    folder = (scene / "run").rename(scene / "a run: moved")
+    assert main(["eval", str(folder)]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    words = ["eval", str(scene / "run.yaml"), f"output={json.dumps(str(folder))}"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out) == expected
+    assert main(["search", str(folder), "search.output_path=null"]) == 0
+    assert (folder / "search.json").exists()
+    capsys.readouterr()
+    assert main(["eval", str(scene / "empty")]) == 2
+    assert re.search("CONFIG takes a YAML file or .* without config.yaml$", one_line(capsys))
+
+
+@pytest.mark.parametrize("command", ["train", "search", "eval", "latency"])
+def test_nothing_at_all_lacks_a_configuration(command, capsys):
+    assert main([command]) == 2
+    assert one_line(capsys) == (
+        f"tossup {command}: CONFIG is required, a YAML file or the folder of a run"
+    )
+
+
+def test_a_folder_that_cannot_be_written_is_told_by_its_own_name(trained, capsys):
+    run = run_of(trained)
+    assert main(["convert", f"input={run.output}", "output=/proc/out"]) == 2
+    assert one_line(capsys) == "tossup convert: /proc/out: No such file or directory"
 
 
 def test_a_file_name_may_hold_an_equals_sign(scene, capsys):

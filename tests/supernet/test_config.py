@@ -224,8 +224,16 @@ def test_overrides_are_yaml_values_at_dotted_keys(tmp_path):
         ),
         (
             {"search": SEARCH | {"budgets": 3}},
-            "^search.budgets: input should be a valid list or a valid dictionary, got 3$",
+            "^search.budgets: input should be a list or keys and values, got 3$",
         ),
+        ({"data": 3}, "^data: input should be keys and values, got 3$"),
+        ({"training": 3}, "^training: input should be keys and values, got 3$"),
+        ({"training__betas": 3}, "^training.betas: input should be a list, got 3$"),
+        (
+            {"data": {"type": "text", "paths": "/x"}},
+            "^data.paths: input should be a list, got '/x'$",
+        ),
+        ({"output": 3}, "^output: input should be a path, got 3$"),
         (
             {"search": SEARCH | {"budgets": [1.5]}},
             "^search.budgets.0: input should be a valid int.* 1.5",

@@ -247,8 +247,11 @@ def test_a_search_weighs_quality_against_latency(tmp_path, capsys):
 
     path = written(tmp_path / "table.json", table_of({"attention": 5.0, "mamba": 0.25}))
     by_latency = ["search", str(file), "search.cost=latency", f"search.latency_table={path}"]
+    assert main(by_latency) == 2  # by flops is another search
+    assert "whose cost_unit is forward FLOPs per token" in capsys.readouterr().err
+    by_latency.insert(2, f"search.output_path={tmp_path}/latency.json")
     assert main(by_latency) == 0
-    found = json.loads((tmp_path / "run/search.json").read_text())
+    found = json.loads((tmp_path / "latency.json").read_text())
     assert found["final_configuration"]["cost"] == 5.25
     assert found["config"]["cost_unit"] == (
         "milliseconds that a placement's mixers take, measured: NVIDIA H200, float32, forward, "

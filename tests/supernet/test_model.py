@@ -72,6 +72,11 @@ def test_evaluation_takes_the_main_mixer_in_every_layer():
         model(TOKENS, placement=["mamba"])
 
 
+def test_a_model_is_made_of_its_configuration_alone():
+    with pytest.raises(ValueError, match=r"^config takes a ModelConfig, got dict: tossup\.Mod"):
+        SupernetModel({})
+
+
 def test_packed_sequences_are_those_sequences_alone():
     model = supernet().eval()
     placement = ("mamba", "attention", "mamba")

@@ -458,7 +458,6 @@ def test_a_file_is_no_output(tmp_path):
         {"betas": [1.0, 2.0]},
         {"learning_rate": float("inf")},
         {"eps": float("nan")},
-        {"warmup_steps": 13},
     ],
 )
 def test_numbers_that_no_step_can_use_are_refused(wrong):
@@ -542,6 +541,13 @@ def test_the_rate_warms_up_and_falls_along_a_cosine():
     rates = [learning_rate(options, step) for step in range(111)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and rates[10] == 1.0
     assert rates[60] == pytest.approx(0.6) and rates[110] == pytest.approx(0.2)
+
+
+def test_a_run_shorter_than_its_warm_up_ends_on_the_way_up():
+    """As under transformers' schedules: an example is tried by training.steps=4 alone."""
+    options = run_config("x", steps=4, warmup_steps=20, learning_rate=1.0).training
+    rates = [learning_rate(options, step) for step in range(4)]
+    assert rates == pytest.approx([0.05, 0.1, 0.15, 0.2])
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

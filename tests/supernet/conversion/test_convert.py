@@ -35,6 +35,7 @@ class TestConvert:
         assert convert(load_config(None, words, ConvertConfig)) == tmp_path / "out"
         placement = ("mamba", "attention", "mamba")
         again = load_checkpoint(tmp_path / "out")
+        assert not again.training
         assert torch.equal(logits(again), logits(model, placement=placement))
 
     @pytest.mark.parametrize("named", [True, False], ids=["ours", "Fast-LLM's"])
@@ -45,13 +46,13 @@ class TestConvert:
         if named:
             result["config"]["mixers"] = ["mamba", "attention"]
         (tmp_path / "search.json").write_text(json.dumps(result))
-        convert(
-            ConvertConfig(
-                input=tmp_path / "in", output=tmp_path / "o", placement=tmp_path / "search.json"
-            )
-        )
+        options = {"input": tmp_path / "in", "output": tmp_path / "o"}
+        convert(ConvertConfig(**options, placement=tmp_path / "search.json"))
         placement = ("attention", "mamba", "mamba") if named else ("mamba",) + ("attention",) * 2
         assert load_checkpoint(tmp_path / "o").config.placement == placement
+        convert(ConvertConfig(**options, placement="mamba"))  # in every layer
+        again = load_checkpoint(tmp_path / "o")
+        assert again.config.placement == ("mamba",) * 3 and not again.training
 
     def test_one_format_to_another(self, tmp_path):
         mistral().save_pretrained(tmp_path / "in")
@@ -84,7 +85,7 @@ class TestConvert:
         assert not (tmp_path / "o").exists()
 
     def test_a_placement_of_another_kind(self):
-        with pytest.raises(ConfigError, match=r"placement: takes a list of mixer names or .*got 3"):
+        with pytest.raises(ConfigError, match=r"placement: takes a list of mixer names, .*got 3"):
             load_config(None, ["input=a", "output=b", "placement=3"], ConvertConfig)
 
 
