@@ -17,7 +17,8 @@ from tossup.supernet.loader import load_config
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_snippets_of_the_readme_run():
+def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     dim, state = 8, 4
     u, delta, z = torch.randn(3, 2, 5, dim)
@@ -29,7 +30,7 @@ def test_the_snippets_of_the_readme_run():
     snippets = re.findall(
         r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
     )
-    assert len(snippets) == 6
+    assert len(snippets) == 7
     for snippet in snippets:
         exec(snippet, names)
         if "table.route" in snippet:
@@ -39,6 +40,9 @@ def test_the_snippets_of_the_readme_run():
     counts = names["router"].counts
     assert counts.sum() == 2 * 3 * 4
     tokens = names["batches"][0]
+    saved, loaded = (names[name].eval()(tokens).logits for name in ("llama", "again"))
+    assert torch.equal(saved, loaded)
+    names["llama"].train()
     names["llama"](input_ids=tokens, labels=tokens).loss.backward()
     names["optimizer"].step()  # by the hook, which has drawn once
     assert counts.sum() == 2 * 4 * 4

@@ -141,6 +141,51 @@ def test_a_sharded_model_is_clipped_and_steps_as_the_whole_one(tmp_path):
     assert on_two_ranks(str(program)) == "the same\n"
 
 
+DISTRIBUTED = """
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import tossup
+from tossup.supernet.ranks import end
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+for shared in (False, True):
+    torch.manual_seed(0)
+    router = tossup.Router(tossup.Strategy(mixers=2), layers=1, seed=rank + 1)
+    mixers = {"a": tossup.Attention(16, 2), "m": tossup.Mamba(16, d_state=4)}
+    model = DistributedDataParallel(
+        tossup.StochasticMixer(mixers, router=router), find_unused_parameters=True
+    )
+    optimizer = tossup.GatedAdamW(tossup.parameter_groups(model), lr=1e-2, router=router)
+    apart = 0
+    for step in range(6):
+        used = router.draw(batch=2).count
+        counts = [torch.empty_like(used) for _ in range(2)]
+        dist.all_gather(counts, used)
+        apart += not torch.equal(*counts)
+        x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2 * step + rank))
+        model(x).square().mean().backward()
+        if shared:
+            dist.all_reduce(used)
+        optimizer.step(used=used)
+        optimizer.zero_grad()
+    assert apart
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    both = [torch.empty_like(weights) for _ in range(2)]
+    dist.all_gather(both, weights)
+    if rank == 0:
+        print("the same" if torch.equal(*both) else "apart", flush=True)
+end(0)
+"""
+
+
+def test_ranks_with_tables_of_their_own_add_up_what_was_used(tmp_path):
+    """As the README has it: each would else update the mixers of its own tables alone."""
+    program = tmp_path / "program.py"
+    program.write_text(DISTRIBUTED)
+    assert on_two_ranks(str(program)) == "apart\nthe same\n"
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_rank_ends_with_its_code_and_says_what_it_had_to(tmp_path, code):
     program = tmp_path / "program.py"
