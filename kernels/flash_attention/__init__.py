@@ -90,7 +90,8 @@ def flash_attention(
     q, k, v = autocast(q, k, v)
     check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     check_bounds(q, k, bounds, cu_seqlens_q)
-    if len(window_size) != 2 or min(window_size) < -1:
+    sides = isinstance(window_size, tuple | list) and len(window_size) == 2
+    if not sides or min(window_size) < -1:
         raise ValueError(
             f"window_size must be (left, right), each -1 or at least 0, got {window_size}"
         )

@@ -55,6 +55,13 @@ class MixerTable:
     def route(self, layer: int, mixer: int) -> Route:
         """The samples that take `mixer` in the table's row `layer`, as views into the plan.
 
-        The table of a pipeline stage counts its own layers, from 0.
+        The table of a pipeline stage counts its own layers, from 0. Raises ValueError where there
+        is no such layer or mixer.
         """
+        layers, mixers = self.count.shape
+        if not (0 <= layer < layers and 0 <= mixer < mixers):
+            raise ValueError(
+                f"route takes a layer of {layers} and a mixer of {mixers}, counted from 0, got "
+                f"layer {layer} and mixer {mixer}"
+            )
         return Route(self.count[layer, mixer], self.samples[layer, mixer])

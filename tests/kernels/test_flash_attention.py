@@ -554,6 +554,7 @@ BOUNDS = torch.tensor([0, 2], dtype=torch.int32)
         ([(1, 2, 4, 8), (1, 2, 3, 8), (1, 2, 3, 8)], {}, "divides q's 4, got 3"),
         ([(1, 2, 4, 0)] * 3, {}, r"head_dim of at least 1, got \(1, 2, 4, 0\)"),
         ([(1, 2, 4, 8)] * 3, dict(window_size=(-2, 0)), r"window_size must .* got \(-2, 0\)"),
+        ([(1, 2, 4, 8)] * 3, dict(window_size=3), r"window_size must .* got 3"),
         ([(1, 2, 4, 8)] * 3, dict(softcap=-1.0), "softcap must be 0 or a positive .* got -1.0"),
         (
             [(3, 2, 4, 8)] * 3,

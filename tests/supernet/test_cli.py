@@ -543,7 +543,7 @@ def test_bench_races_a_shape_of_ones_own(capsys, monkeypatch):
         assert ("  direction: null  (forward" in told) is (command == "bench")
     assert main(["inspect", "--help"]) == 0
     told = capsys.readouterr().out
-    assert "--arch sm_80 " in told and "--op accumulate causal_conv1d " in told
+    assert "--arch sm_80 " in told and "--op accumulate adamw causal_conv1d " in told
 
 
 def test_attention_goes_by_both_of_its_names(capsys, monkeypatch):
