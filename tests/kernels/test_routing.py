@@ -84,7 +84,9 @@ def test_plan_of_a_table_that_was_not_drawn():
 @pytest.mark.parametrize("layer, mixer", [(0, -1), (-1, 0), (3, 0), (0, 2)])
 def test_a_route_of_no_layer_or_no_mixer_is_refused(layer, mixer):
     table = draw(Strategy(2), 0, 0, layers=3, batch=4)
-    with pytest.raises(ValueError, match=r"route takes a layer of 3 and a mixer of 2, .* got layer"):
+    with pytest.raises(
+        ValueError, match=r"route takes a layer of 3 and a mixer of 2, .* got layer"
+    ):
         table.route(layer, mixer)
 
 
