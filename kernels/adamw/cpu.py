@@ -29,10 +29,10 @@ def adamw_(
     decays: bool,
 ) -> None:
     taken = dict(zip(places, gradients, strict=True))
-    for place, gate in enumerate(host[:, GATE].tolist()):
-        if not is_used(gate, used):
+    for place, (gated, was_used) in enumerate(gates_of(host, used)):
+        if not was_used:
             taken.pop(place, None)
-        if decays and gate[0] >= 0 and place not in taken:
+        if decays and gated and place not in taken:
             taken[place] = torch.zeros_like(params[place])
     if not taken:
         return
@@ -77,11 +77,15 @@ def scale_gradients_(
 def those_used(
     gradients: list[Tensor], places: list[int], host: Tensor, used: Tensor | None
 ) -> list[Tensor]:
-    gates = host[:, GATE].tolist()
+    gates = gates_of(host, used)
     pairs = zip(gradients, places, strict=True)
-    return [gradient for gradient, place in pairs if is_used(gates[place], used)]
+    return [gradient for gradient, place in pairs if gates[place][1]]
 
 
-def is_used(gate: list[int], used: Tensor | None) -> bool:
-    """A parameter that is shared always is: its gate is negative."""
-    return used is None or gate[0] < 0 or bool(used[tuple(gate)] > 0)
+def gates_of(host: Tensor, used: Tensor | None) -> list[tuple[bool, bool]]:
+    """Of each parameter, whether it has a gate, and whether it was used; one that is shared was."""
+    rows = None if used is None else used.tolist()
+    return [
+        (layer >= 0, layer < 0 or rows is None or rows[layer][mixer] > 0)
+        for layer, mixer in host[:, GATE].tolist()
+    ]
