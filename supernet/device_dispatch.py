@@ -24,7 +24,7 @@ from ..kernels.accumulate import accumulate_into
 from ..kernels.backend import Backend, resolve_impl
 from ..kernels.linear import linear_into, weight_gradient_into
 from ..kernels.routing import Route
-from .mixers.mamba import StepProjection
+from .mixers.scan_mixer import StepProjection
 from .ownership import refuse_exchanged
 
 ALIGNMENT = 128  # bytes: a cache line, and more than any vector load or copy engine asks for

@@ -1,7 +1,7 @@
 """Triton kernels and launchers: one launch goes over all tensors of a bucket.
 
 A program has one chunk of one tensor. It finds it in a table of addresses, so that no launch holds
-more arguments for more tensors, and returns after four loads where the tensor's mixer was not used.
+more arguments for more tensors, and returns after a few loads if the mixer was not used.
 
 Floor of a step, for each used parameter in float32: 28 bytes (parameter and moments read and
 written, the gradient read), 4 for the norm, and 8 where gradients are scaled; nothing for those

@@ -3,7 +3,8 @@
 from ..config import AttentionConfig, Mamba1Config, MambaConfig
 from .attention import Attention
 from .cache import Cache
-from .mamba import GroupedMamba, Mamba
+from .grouped_mamba import GroupedMamba
+from .mamba import Mamba
 
 __all__ = ["Attention", "Cache", "GroupedMamba", "Mamba", "build_mixer"]
 
