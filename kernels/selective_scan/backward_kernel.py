@@ -9,13 +9,16 @@ from .tiles import (
     at,
     beside_states,
     channels_of,
-    continues,
-    load_operand,
+    continuing,
+    load_edge,
+    load_operands,
     load_plane,
-    operand_ptrs,
+    load_turn,
+    load_weights,
+    operand_of,
+    rows_of,
     step_of,
     store_plane,
-    token_of,
 )
 
 
@@ -76,40 +79,33 @@ def backward_kernel(
 
     # [STATES, BLOCK_DIM]
     A = in_base_2(load_plane(A_ptr, dim, columns, held))
+    B = operand_of(
+        B_ptr, stride_b, groups_b, sample, tile, channels, dim, run, held, RUNS, CONSTANT_B
+    )
+    C = operand_of(
+        C_ptr, stride_c, groups_c, sample, tile, channels, dim, run, held, RUNS, CONSTANT_C
+    )
+    dh = load_edge(dstate_ptr, stride_dh, sample, tl.program_id(2), columns, held)
     dA = tl.zeros([STATES, BLOCK_DIM], tl.float32)
-    dh = tl.zeros([STATES, BLOCK_DIM], tl.float32)
-    if dstate_ptr is not None:
-        behind = dstate_ptr + sample * stride_dh[0] + tl.program_id(2) * stride_dh[1]
-        behind += n[:, None] * stride_dh[2] + columns[None, :] * stride_dh[3]
-        dh = tl.load(behind, mask=held, other=0.0).to(tl.float32)
     if CONSTANT_B:
-        b = load_plane(B_ptr, dim, columns, held)
-        db = tl.zeros([STATES, BLOCK_DIM], tl.float32)
-    else:
-        b_ptrs = operand_ptrs(
-            B_ptr, stride_b, groups_b, sample, channels, tile, dim, run, BLOCK_DIM, RUNS
-        )
+        dB = tl.zeros([STATES, BLOCK_DIM], tl.float32)
     if CONSTANT_C:
-        c = load_plane(C_ptr, dim, columns, held)
-        dc = tl.zeros([STATES, BLOCK_DIM], tl.float32)
-    else:
-        c_ptrs = operand_ptrs(
-            C_ptr, stride_c, groups_c, sample, channels, tile, dim, run, BLOCK_DIM, RUNS
-        )
+        dC = tl.zeros([STATES, BLOCK_DIM], tl.float32)
     # [BLOCK_DIM]
-    bias = None
-    dbias = tl.zeros([BLOCK_DIM], tl.float32)
+    D = load_weights(D_ptr, stride_d, channels)
+    bias = load_weights(bias_ptr, stride_bias, channels)
     dD = tl.zeros([BLOCK_DIM], tl.float32)
-    if D_ptr is not None:
-        D = tl.load(D_ptr + channels * stride_d).to(tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + channels * stride_bias).to(tl.float32)
-    u_ptrs = u_ptr + sample * stride_u[0] + channels * stride_u[2]
-    delta_ptrs = delta_ptr + sample * stride_delta[0] + channels * stride_delta[2]
-    dout_ptrs = dout_ptr + sample * stride_dout[0] + channels * stride_dout[2]
+    dbias = tl.zeros([BLOCK_DIM], tl.float32)
+    rows = (
+        rows_of(u_ptr, stride_u, sample, channels),
+        rows_of(delta_ptr, stride_delta, sample, channels),
+        rows_of(dout_ptr, stride_dout, sample, channels),
+    )
+    pitches = stride_u[1], stride_delta[1], stride_dout[1]
     if z_ptr is not None:
-        z_ptrs = z_ptr + sample * stride_z[0] + channels * stride_z[2]
-        dz_ptrs = dz_ptr + sample * stride_dz[0] + channels * stride_dz[2]
+        rows += (rows_of(z_ptr, stride_z, sample, channels),)
+        pitches += (stride_z[1],)
+        dz_ptrs = rows_of(dz_ptr, stride_dz, sample, channels)
     written = sample * seqlen * dim + columns
     kept_ptr += sample * stride_kept
     places = tl.num_programs(1)
@@ -129,20 +125,16 @@ def backward_kernel(
         first = start
         while first < chunk_stop:
             tl.store(scratch_ptr + (first - start) // TOKENS * STATES * BLOCK_DIM + by_slot, h)
-            us, deltas, douts, zs, bs, cs, same = (), (), (), (), (), (), ()
-            for j in tl.static_range(TOKENS):
-                t = token_of(first, j, last, EVEN)
-                us += (tl.load(u_ptrs + t * stride_u[1]),)
-                deltas += (tl.load(delta_ptrs + t * stride_delta[1]),)
-                douts += (tl.load(dout_ptrs + t * stride_dout[1]),)
-                if not CONSTANT_B:
-                    bs += (load_operand(b_ptrs, t, stride_b, STATE, STATES, RUNS),)
-                if z_ptr is not None:
-                    zs += (tl.load(z_ptrs + t * stride_z[1]),)
-                    if not CONSTANT_C:
-                        cs += (load_operand(c_ptrs, t, stride_c, STATE, STATES, RUNS),)
-                if seq_idx_ptr is not None:
-                    same += (continues(seq_idx_ptr, stride_seq, sample, first + j, last),)
+            turn = load_turn(rows, pitches, first, last, TOKENS, EVEN)
+            us, deltas, douts = turn[0], turn[1], turn[2]
+            bs = load_operands(
+                B, first, last, stride_b, STATE, STATES, RUNS, CONSTANT_B, TOKENS, EVEN
+            )
+            if z_ptr is not None:
+                cs = load_operands(
+                    C, first, last, stride_c, STATE, STATES, RUNS, CONSTANT_C, TOKENS, EVEN
+                )
+            same = continuing(seq_idx_ptr, stride_seq, sample, first, last, TOKENS)
             for j in tl.static_range(TOKENS):
                 t = first + j
                 there = at(inside, t, seqlen, EVEN)
@@ -150,28 +142,24 @@ def backward_kernel(
                 step, _ = step_of(deltas[j], bias, there, SOFTPLUS)
                 drive = tl.where(there, step * u, 0.0)
                 dy = douts[j].to(tl.float32)
-                if not CONSTANT_B:
-                    b = beside_states(bs[j])
                 if seq_idx_ptr is not None:
                     h = tl.where(same[j], h, 0.0)
-                h = tl.exp2(step[None, :] * A) * h + drive[None, :] * b
+                h = tl.exp2(step[None, :] * A) * h + drive[None, :] * beside_states(bs[j])
                 if z_ptr is not None:
-                    if not CONSTANT_C:
-                        c = beside_states(cs[j])
-                    y = tl.sum(h * c, 0)
+                    y = tl.sum(h * beside_states(cs[j]), 0)
                     if D_ptr is not None:
                         y += D * u
-                    z = zs[j].to(tl.float32)
+                    z = turn[3][j].to(tl.float32)
                     gate = sigmoid(z)
                     dz = dy * y * gate * (1.0 + z * (1.0 - gate))
                     dz = dz.to(dz_ptr.dtype.element_ty)
                     tl.store(dz_ptrs + t * stride_dz[1], dz, mask=there)
                     dy *= z * gate
                 dy = tl.where(there, dy, 0.0)  # last, as a lane that is not there has another's z
+                share = dy[None, :] * h
                 if CONSTANT_C:
-                    dc += dy[None, :] * h
+                    dC += share
                 else:
-                    share = dy[None, :] * h
                     if RUNS > 1:  # a lane that is not there has another's B
                         share = tl.where(there[None, :], share, 0.0)
                     store_shares(dC_ptr, share, sample, t, seqlen, tile, blocks, STATE, RUNS)
@@ -182,20 +170,15 @@ def backward_kernel(
         while first > start:
             first -= TOKENS
             h = tl.load(scratch_ptr + (first - start) // TOKENS * STATES * BLOCK_DIM + by_slot)
-            us, deltas, douts, zs, bs, cs, same = (), (), (), (), (), (), ()
-            for j in tl.static_range(TOKENS):
-                t = token_of(first, j, last, EVEN)
-                us += (tl.load(u_ptrs + t * stride_u[1]),)
-                deltas += (tl.load(delta_ptrs + t * stride_delta[1]),)
-                douts += (tl.load(dout_ptrs + t * stride_dout[1]),)
-                if not CONSTANT_B:
-                    bs += (load_operand(b_ptrs, t, stride_b, STATE, STATES, RUNS),)
-                if not CONSTANT_C:
-                    cs += (load_operand(c_ptrs, t, stride_c, STATE, STATES, RUNS),)
-                if z_ptr is not None:
-                    zs += (tl.load(z_ptrs + t * stride_z[1]),)
-                if seq_idx_ptr is not None:
-                    same += (continues(seq_idx_ptr, stride_seq, sample, first + j, last),)
+            turn = load_turn(rows, pitches, first, last, TOKENS, EVEN)
+            us, deltas, douts = turn[0], turn[1], turn[2]
+            bs = load_operands(
+                B, first, last, stride_b, STATE, STATES, RUNS, CONSTANT_B, TOKENS, EVEN
+            )
+            cs = load_operands(
+                C, first, last, stride_c, STATE, STATES, RUNS, CONSTANT_C, TOKENS, EVEN
+            )
+            same = continuing(seq_idx_ptr, stride_seq, sample, first, last, TOKENS)
             xs, steps, raws, decays, hs = (), (), (), (), ()
             for j in tl.static_range(TOKENS):
                 there = at(inside, first + j, seqlen, EVEN)
@@ -210,28 +193,21 @@ def backward_kernel(
                 decays += (decay,)
                 hs += (h,)
                 if j < TOKENS - 1:
-                    if not CONSTANT_B:
-                        b = beside_states(bs[j])
-                    h = decay * h + (step * u)[None, :] * b
+                    h = decay * h + (step * u)[None, :] * beside_states(bs[j])
             for j in tl.static_range(TOKENS - 1, -1, -1):
                 t = first + j
                 there = at(inside, t, seqlen, EVEN)
                 u, step = xs[j], steps[j]
                 dy = douts[j].to(tl.float32)
-                if not CONSTANT_B:
-                    b = beside_states(bs[j])
-                if not CONSTANT_C:
-                    c = beside_states(cs[j])
                 if z_ptr is not None:
-                    z = zs[j].to(tl.float32)
-                    dy *= silu(z)
+                    dy *= silu(turn[3][j].to(tl.float32))
                 dy = tl.where(there, dy, 0.0)
-                dh += dy[None, :] * c
-                ddrive = tl.sum(dh * b, 0)
+                dh += dy[None, :] * beside_states(cs[j])
+                ddrive = tl.sum(dh * beside_states(bs[j]), 0)
+                share = dh * (step * u)[None, :]
                 if CONSTANT_B:
-                    db += dh * (step * u)[None, :]
+                    dB += share
                 else:
-                    share = dh * (step * u)[None, :]
                     if RUNS > 1:
                         share = tl.where(there[None, :], share, 0.0)
                     store_shares(dB_ptr, share, sample, t, seqlen, tile, blocks, STATE, RUNS)
@@ -264,10 +240,10 @@ def backward_kernel(
     tl.store(shares_ptr + (STATE + 1) * dim + columns, dbias, mask=inside)
     shares_ptr += (STATE + 2) * dim
     if CONSTANT_B:
-        store_plane(shares_ptr, db, dim, columns, held)
+        store_plane(shares_ptr, dB, dim, columns, held)
         shares_ptr += STATE * dim
     if CONSTANT_C:
-        store_plane(shares_ptr, dc, dim, columns, held)
+        store_plane(shares_ptr, dC, dim, columns, held)
     if dinitial_ptr is not None:
         if origin == 0:
             first = dinitial_ptr + sample * dim * STATE + n[:, None] + columns[None, :] * STATE

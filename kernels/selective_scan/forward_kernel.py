@@ -8,14 +8,16 @@ from .tiles import (
     at,
     beside_states,
     channels_of,
-    continues,
-    load_operand,
+    continuing,
+    load_edge,
+    load_operands,
     load_plane,
     load_turn,
-    operand_ptrs,
+    load_weights,
+    operand_of,
+    rows_of,
     step_of,
     store_plane,
-    token_of,
 )
 
 
@@ -47,77 +49,61 @@ def forward_kernel(
 
     # [STATES, BLOCK_DIM]
     A = in_base_2(load_plane(A_ptr, dim, columns, held))
-    h = tl.zeros([STATES, BLOCK_DIM], tl.float32)
-    if state_ptr is not None:
-        before = state_ptr + sample * stride_h[0] + tl.program_id(2) * stride_h[1]
-        before += n[:, None] * stride_h[2] + columns[None, :] * stride_h[3]
-        h = tl.load(before, mask=held, other=0.0).to(tl.float32)
-    if CONSTANT_B:
-        b = load_plane(B_ptr, dim, columns, held)
-    else:
-        b_ptrs = operand_ptrs(
-            B_ptr, stride_b, groups_b, sample, channels, tile, dim, run, BLOCK_DIM, RUNS
-        )
-    if CONSTANT_C:
-        c = load_plane(C_ptr, dim, columns, held)
-    else:
-        c_ptrs = operand_ptrs(
-            C_ptr, stride_c, groups_c, sample, channels, tile, dim, run, BLOCK_DIM, RUNS
-        )
+    h = load_edge(state_ptr, stride_h, sample, tl.program_id(2), columns, held)
+    B = operand_of(
+        B_ptr, stride_b, groups_b, sample, tile, channels, dim, run, held, RUNS, CONSTANT_B
+    )
+    C = operand_of(
+        C_ptr, stride_c, groups_c, sample, tile, channels, dim, run, held, RUNS, CONSTANT_C
+    )
     # [BLOCK_DIM]
-    bias = None
-    if D_ptr is not None:
-        D = tl.load(D_ptr + channels * stride_d).to(tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + channels * stride_bias).to(tl.float32)
+    D = load_weights(D_ptr, stride_d, channels)
+    bias = load_weights(bias_ptr, stride_bias, channels)
     last = seqlen - 1
     start = tl.program_id(2).to(tl.int64) * segment
     stop = tl.minimum(start + segment, seqlen)
-    u_ptrs = u_ptr + sample * stride_u[0] + channels * stride_u[2]
-    delta_ptrs = delta_ptr + sample * stride_delta[0] + channels * stride_delta[2]
-    streams, pitches = (u_ptrs, delta_ptrs), (stride_u[1], stride_delta[1])
+    rows = (
+        rows_of(u_ptr, stride_u, sample, channels),
+        rows_of(delta_ptr, stride_delta, sample, channels),
+    )
+    pitches = stride_u[1], stride_delta[1]
     if z_ptr is not None:
-        streams += (z_ptr + sample * stride_z[0] + channels * stride_z[2],)
+        rows += (rows_of(z_ptr, stride_z, sample, channels),)
         pitches += (stride_z[1],)
     out_ptrs = out_ptr + sample * stride_out + columns
     kept_ptr += sample * stride_kept
 
-    turn = load_turn(streams, pitches, start, last, TOKENS, EVEN)
+    turn = load_turn(rows, pitches, start, last, TOKENS, EVEN)
     while start < stop:
         kept = kept_ptr + start // CHUNK * STATE * dim
         store_plane(kept, h, dim, columns, held)
         first = start
         while first < tl.minimum(start + CHUNK, stop):
-            bs, cs, same, outs = (), (), (), ()
-            for j in tl.static_range(TOKENS):
-                t = token_of(first, j, last, EVEN)
-                if not CONSTANT_B:
-                    bs += (load_operand(b_ptrs, t, stride_b, STATE, STATES, RUNS),)
-                if not CONSTANT_C:
-                    cs += (load_operand(c_ptrs, t, stride_c, STATE, STATES, RUNS),)
-                if seq_idx_ptr is not None:
-                    same += (continues(seq_idx_ptr, stride_seq, sample, first + j, last),)
+            bs = load_operands(
+                B, first, last, stride_b, STATE, STATES, RUNS, CONSTANT_B, TOKENS, EVEN
+            )
+            cs = load_operands(
+                C, first, last, stride_c, STATE, STATES, RUNS, CONSTANT_C, TOKENS, EVEN
+            )
+            same = continuing(seq_idx_ptr, stride_seq, sample, first, last, TOKENS)
             # What no other program has brought near is loaded a turn early
             after = tl.where(first + TOKENS < seqlen, first + TOKENS, first)
-            ahead = load_turn(streams, pitches, after, last, TOKENS, EVEN)
+            ahead = load_turn(rows, pitches, after, last, TOKENS, EVEN)
+            us, deltas = turn[0], turn[1]
+            outs = ()
             for j in tl.static_range(TOKENS):
                 there = at(inside, first + j, seqlen, EVEN)
-                u = turn[j].to(tl.float32)
-                step, _ = step_of(turn[TOKENS + j], bias, there, SOFTPLUS)
+                u = us[j].to(tl.float32)
+                step, _ = step_of(deltas[j], bias, there, SOFTPLUS)
                 drive = tl.where(there, step * u, 0.0)
-                if not CONSTANT_B:
-                    b = beside_states(bs[j])
-                if not CONSTANT_C:
-                    c = beside_states(cs[j])
                 if seq_idx_ptr is not None:
                     h = tl.where(same[j], h, 0.0)
-                h = tl.exp2(step[None, :] * A) * h + drive[None, :] * b
-                y = tl.sum(h * c, 0)
+                h = tl.exp2(step[None, :] * A) * h + drive[None, :] * beside_states(bs[j])
+                y = tl.sum(h * beside_states(cs[j]), 0)
                 if D_ptr is not None:
                     y += D * u
                 if z_ptr is not None:
-                    z = turn[2 * TOKENS + j].to(tl.float32)
-                    y *= silu(z)
+                    y *= silu(turn[2][j].to(tl.float32))
                 outs += (y.to(out_ptr.dtype.element_ty),)
             for j in tl.static_range(TOKENS):
                 t = first + j

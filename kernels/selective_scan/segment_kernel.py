@@ -8,10 +8,14 @@ from .tiles import (
     at,
     beside_states,
     channels_of,
-    continues,
-    load_operand,
+    continuing,
+    load_edge,
+    load_operands,
     load_plane,
-    operand_ptrs,
+    load_turn,
+    load_weights,
+    operand_of,
+    rows_of,
     step_of,
     store_plane,
 )
@@ -30,7 +34,7 @@ def local_kernel(
     """What one segment by itself, from zero, adds to the state after it; and how it decays others.
 
     REVERSE takes the gradient of the state instead, from the segment's end to what is before it:
-    x is then dout, and the operand C in place of B.
+    x is then dout, and the operand C in place of B. z: only with REVERSE.
     states: (batch, segments, state, dim). steps: (batch, segments, dim), the sum of the step sizes.
     broken: (batch, segments, tiles), whether a packed sequence begins in the segment.
     """
@@ -46,21 +50,20 @@ def local_kernel(
     # [STATES, BLOCK_DIM]
     A = in_base_2(load_plane(A_ptr, dim, columns, held))
     h = tl.zeros([STATES, BLOCK_DIM], tl.float32)
-    if CONSTANT:
-        operand = load_plane(operand_ptr, dim, columns, held)
-    else:
-        ptrs = operand_ptrs(
-            operand_ptr, stride_operand, groups, sample, channels, tile, dim, run, BLOCK_DIM, RUNS
-        )
+    operand = operand_of(
+        operand_ptr, stride_operand, groups, sample, tile, channels, dim, run, held, RUNS, CONSTANT
+    )
     # [BLOCK_DIM]
-    bias = None
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + channels * stride_bias).to(tl.float32)
+    bias = load_weights(bias_ptr, stride_bias, channels)
     steps = tl.zeros([BLOCK_DIM], tl.float32)
-    x_ptrs = x_ptr + sample * stride_x[0] + channels * stride_x[2]
-    delta_ptrs = delta_ptr + sample * stride_delta[0] + channels * stride_delta[2]
+    rows = (
+        rows_of(x_ptr, stride_x, sample, channels),
+        rows_of(delta_ptr, stride_delta, sample, channels),
+    )
+    pitches = stride_x[1], stride_delta[1]
     if z_ptr is not None:
-        z_ptrs = z_ptr + sample * stride_z[0] + channels * stride_z[2]
+        rows += (rows_of(z_ptr, stride_z, sample, channels),)
+        pitches += (stride_z[1],)
 
     # Nothing goes on after the last segment, nor before the first
     part = tl.program_id(2)
@@ -72,45 +75,36 @@ def local_kernel(
     length = tl.minimum(start + segment, seqlen) - start
     end = start + tl.cdiv(length, TOKENS) * TOKENS
     broken = tile * 0
+    FIRST: tl.constexpr = TOKENS - 1 if REVERSE else 0
+    STEP: tl.constexpr = -1 if REVERSE else 1
     done = start * 0
     while done < length:
-        xs, deltas, zs, operands, same = (), (), (), (), ()
-        for j in tl.static_range(TOKENS):
-            token = start + done + j
-            if REVERSE:
-                token = end - 1 - done - j
-            t = tl.minimum(token, last)
-            xs += (tl.load(x_ptrs + t * stride_x[1]),)
-            deltas += (tl.load(delta_ptrs + t * stride_delta[1]),)
-            if not CONSTANT:
-                operands += (load_operand(ptrs, t, stride_operand, STATE, STATES, RUNS),)
-            if z_ptr is not None:
-                zs += (tl.load(z_ptrs + t * stride_z[1]),)
-            if seq_idx_ptr is not None:
-                same += (continues(seq_idx_ptr, stride_seq, sample, token, last),)
-        for j in tl.static_range(TOKENS):
-            token = start + done + j
-            if REVERSE:
-                token = end - 1 - done - j
-            there = at(inside, token, seqlen, False)
+        first = start + done
+        if REVERSE:
+            first = end - done - TOKENS
+        turn = load_turn(rows, pitches, first, last, TOKENS, False)
+        xs, deltas = turn[0], turn[1]
+        operands = load_operands(
+            operand, first, last, stride_operand, STATE, STATES, RUNS, CONSTANT, TOKENS, False
+        )
+        same = continuing(seq_idx_ptr, stride_seq, sample, first, last, TOKENS)
+        for j in tl.static_range(FIRST, FIRST + TOKENS * STEP, STEP):
+            there = at(inside, first + j, seqlen, False)
             step, _ = step_of(deltas[j], bias, there, SOFTPLUS)
             steps += step
             x = xs[j].to(tl.float32)
-            if not CONSTANT:
-                operand = beside_states(operands[j])
+            factor = beside_states(operands[j])
             decay = tl.exp2(step[None, :] * A)
-            if REVERSE:
-                if z_ptr is not None:
-                    z = zs[j].to(tl.float32)
-                    x *= silu(z)
+            if z_ptr is not None:
+                x *= silu(turn[2][j].to(tl.float32))
             x = tl.where(there, x, 0.0)
             if REVERSE:
-                h = decay * (h + x[None, :] * operand)
+                h = decay * (h + x[None, :] * factor)
             if seq_idx_ptr is not None:
                 h = tl.where(same[j], h, 0.0)
                 broken = tl.where(same[j], broken, 1)
             if not REVERSE:
-                h = decay * h + (step * x)[None, :] * operand
+                h = decay * h + (step * x)[None, :] * factor
         done += TOKENS
 
     place = sample * segments + part
@@ -142,10 +136,7 @@ def carry_kernel(
 
     # [STATES, BLOCK_DIM]
     A = in_base_2(load_plane(A_ptr, dim, columns, held))
-    h = tl.zeros([STATES, BLOCK_DIM], tl.float32)
-    if edge_ptr is not None:
-        edge = edge_ptr + sample * stride_edge[0] + n[:, None] * stride_edge[2]
-        h = tl.load(edge + columns[None, :] * stride_edge[3], mask=held, other=0.0).to(tl.float32)
+    h = load_edge(edge_ptr, stride_edge, sample, 0, columns, held)
     done = tile * 0
     while done < segments:
         part = done

@@ -65,15 +65,44 @@ def store_plane(ptr, plane, dim, columns, held):
 
 
 @triton.jit
-def load_turn(ptrs, pitches, first, last, TOKENS: tl.constexpr, EVEN: tl.constexpr):
-    """TOKENS tokens of several tensors, one tensor after the other.
+def load_edge(ptr, stride, sample, segment, columns, held):
+    """[STATES, BLOCK_DIM] of (batch, segment, state, dim), in float32. None is zero."""
+    edge = tl.zeros(held.shape, tl.float32)
+    if ptr is not None:
+        n = tl.arange(0, held.shape[0]).to(tl.int64)
+        ptrs = ptr + sample * stride[0] + segment * stride[1]
+        ptrs += n[:, None] * stride[2] + columns[None, :] * stride[3]
+        edge = tl.load(ptrs, mask=held, other=0.0).to(tl.float32)
+    return edge
 
-    ptrs, pitches: of each, where the sample's first token begins, and the stride of a token.
+
+@triton.jit
+def load_weights(ptr, stride, channels):
+    """A number for each channel, in float32. None stays None."""
+    weights = None
+    if ptr is not None:
+        weights = tl.load(ptr + channels * stride).to(tl.float32)
+    return weights
+
+
+@triton.jit
+def rows_of(ptr, stride, sample, channels):
+    """Where a sample's first token of (batch, seqlen, dim) begins."""
+    return ptr + sample * stride[0] + channels * stride[2]
+
+
+@triton.jit
+def load_turn(rows, pitches, first, last, TOKENS: tl.constexpr, EVEN: tl.constexpr):
+    """TOKENS tokens of several tensors: for each a tuple of [BLOCK_DIM].
+
+    rows: see `rows_of`. pitches: the strides of a token.
     """
     turn = ()
-    for i in tl.static_range(len(ptrs)):
+    for i in tl.static_range(len(rows)):
+        tokens = ()
         for j in tl.static_range(TOKENS):
-            turn += (tl.load(ptrs[i] + token_of(first, j, last, EVEN) * pitches[i]),)
+            tokens += (tl.load(rows[i] + token_of(first, j, last, EVEN) * pitches[i]),)
+        turn += (tokens,)
     return turn
 
 
@@ -86,19 +115,41 @@ def at(inside, t, seqlen, EVEN: tl.constexpr):
 
 
 @triton.jit
-def operand_ptrs(
-    ptr, stride, groups, sample, channels, tile, dim, run, BLOCK_DIM: tl.constexpr,
-    RUNS: tl.constexpr,
+def operand_of(
+    ptr, stride, groups, sample, tile, channels, dim, run, held,
+    RUNS: tl.constexpr, CONSTANT: tl.constexpr,
 ):  # fmt: skip
-    """Where B or C of a sample's first token begins: for all channels of the tile, or for each one.
+    """B or C: its plane, if it is constant, or else where it begins for a sample's first token, for
+    all channels of the tile or for each one.
 
     stride: (batch, token, group, state).
     """
-    if RUNS == 1:
-        group = (tile // tl.cdiv(run, BLOCK_DIM) * run // (dim // groups)).to(tl.int64)
+    if CONSTANT:
+        operand = load_plane(ptr, dim, channels, held)
     else:
-        group = channels // (dim // groups)
-    return ptr + sample * stride[0] + group * stride[2]
+        if RUNS == 1:
+            group = (tile // tl.cdiv(run, channels.shape[0]) * run // (dim // groups)).to(tl.int64)
+        else:
+            group = channels // (dim // groups)
+        operand = ptr + sample * stride[0] + group * stride[2]
+    return operand
+
+
+@triton.jit
+def load_operands(
+    operand, first, last, stride,
+    STATE: tl.constexpr, STATES: tl.constexpr, RUNS: tl.constexpr, CONSTANT: tl.constexpr,
+    TOKENS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """B or C of TOKENS tokens. operand: see `operand_of`."""
+    turn = ()
+    for j in tl.static_range(TOKENS):
+        if CONSTANT:
+            turn += (operand,)
+        else:
+            t = token_of(first, j, last, EVEN)
+            turn += (load_operand(operand, t, stride, STATE, STATES, RUNS),)
+    return turn
 
 
 @triton.jit
@@ -167,8 +218,14 @@ def beside_states(operand):
 
 
 @triton.jit
-def continues(seq_idx_ptr, stride, sample, t, last):
-    """Whether token t belongs to the sequence of the token before it. The first one does."""
-    ptr = seq_idx_ptr + sample * stride[0]
-    before = tl.minimum(tl.maximum(t - 1, 0), last)
-    return tl.load(ptr + tl.minimum(t, last) * stride[1]) == tl.load(ptr + before * stride[1])
+def continuing(seq_idx_ptr, stride, sample, first, last, TOKENS: tl.constexpr):
+    """Whether each of TOKENS tokens belongs to the sequence of the one before it, as the very first
+    one does. Of None nothing is said."""
+    turn = ()
+    if seq_idx_ptr is not None:
+        ptr = seq_idx_ptr + sample * stride[0]
+        for j in tl.static_range(TOKENS):
+            t = tl.minimum(first + j, last)
+            before = tl.minimum(tl.maximum(first + j - 1, 0), last)
+            turn += (tl.load(ptr + t * stride[1]) == tl.load(ptr + before * stride[1]),)
+    return turn
