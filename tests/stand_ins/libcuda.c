@@ -20,12 +20,16 @@ uint64_t arguments[ARGUMENTS];
 unsigned widths[ARGUMENTS], count, launches, launched[7], maps;
 Map encoded[MAPS];
 
+__attribute__((weak)) void launched_on(void *stream); /* of libcudart.c, where it is there */
+
 int cuLaunchKernelEx(const Config *config, void *function, void **values, void **extra) {
 	memcpy(launched, config->grid, sizeof launched);
 	memset(arguments, 0, sizeof arguments);
 	for (unsigned i = 0; i < count; i++)
 		memcpy(&arguments[i], values[i], widths[i]);
 	launches++;
+	if (launched_on)
+		launched_on(config->stream);
 	return 0;
 }
 
@@ -86,6 +90,7 @@ int cuCtxSetCurrent(void *context) { return 0; }
 int cuCtxSetLimit(int limit, size_t size) { return 0; }
 int cuDeviceGet(int *device, int ordinal) { return *device = 0; }
 int cuDeviceGetCount(int *devices) { return *devices = 1, 0; }
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { return *flags = 0, *active = 1, 0; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { return *context = (void *)1, 0; }
 int cuDriverGetVersion(int *version) { return *version = 13000, 0; }
 int cuFuncSetAttribute(void *function, int attribute, int value) { return 0; }
