@@ -52,6 +52,8 @@ def adamw_(
         as do those that are None of parameters that have a gate.
     Arithmetic is in float32, in float64 for float64. Raises ValueError for what does not fit.
     """
+    if inactive not in ("skip", "decay"):
+        raise ValueError(f"inactive takes skip or decay, got {inactive!r}")
     chosen = resolve(bucket, gradients, used, impl)
     if len(bucket.steps) != len(bucket.params):
         raise ValueError("the bucket has no state: exp_avgs, exp_avg_sqs and steps are needed")

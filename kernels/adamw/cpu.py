@@ -36,14 +36,24 @@ def adamw_(
             taken[place] = torch.zeros_like(params[place])
     if not taken:
         return
-    columns = ([column[place] for place in taken] for column in (exp_avgs, exp_avg_sqs))
+    written = [[column[place] for place in taken] for column in (params, exp_avgs, exp_avg_sqs)]
+    # The fused call walks through memory, gaps and all
+    filled = [[without_gaps(x) for x in column] for column in (*written, taken.values())]
     counts = [steps[place] for place in taken]
     torch._foreach_add_(counts, 1)  # the fused call only reads them
     torch._fused_adamw_(
-        [params[place] for place in taken], list(taken.values()), *columns, [], counts,
+        filled[0], filled[3], *filled[1:3], [], counts,
         lr=rate if lr is None else lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
         amsgrad=False, maximize=False,
     )  # fmt: skip
+    for column, copies in zip(written, filled, strict=False):
+        for x, copy in zip(column, copies, strict=True):
+            if copy is not x:
+                x.copy_(copy)
+
+
+def without_gaps(x: Tensor) -> Tensor:
+    return x if torch.ops.aten.is_non_overlapping_and_dense(x) else x.contiguous()
 
 
 def gradient_norm(

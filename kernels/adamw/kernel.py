@@ -271,18 +271,17 @@ def adamw_(
     weight_decay: float,
     decays: bool,
 ) -> None:
-    if not len(owner):
-        return
     describe(host, table, params, exp_avgs, exp_avg_sqs, steps)
     addresses = addresses_of(gradients, places, table)
     gates = gates_of(used)
     count_kernel[(cdiv(len(params), COUNTED),)](
         addresses, table, *gates, len(params), DECAYS=decays, BLOCK=COUNTED
     )
-    adamw_kernel[(len(owner),)](
-        addresses, table, owner, *gates, lr, rate, beta1, beta2, log2(beta1), log2(beta2), eps,
-        weight_decay, DECAYS=decays, **elements_of(params, gradients, exp_avgs, exp_avg_sqs),
-    )  # fmt: skip
+    if len(owner):
+        adamw_kernel[(len(owner),)](
+            addresses, table, owner, *gates, lr, rate, beta1, beta2, log2(beta1), log2(beta2), eps,
+            weight_decay, DECAYS=decays, **elements_of(params, gradients, exp_avgs, exp_avg_sqs),
+        )  # fmt: skip
 
 
 def gradient_norm(
@@ -329,7 +328,8 @@ def describe(host: Tensor, table: Tensor, *columns: list[Tensor]) -> None:
 
 
 def addresses_of(gradients: list[Tensor], places: list[int], table: Tensor) -> Tensor:
-    """Where the gradients lie, 0 where there is none: int64, one for each row of the table.
+    """Where the gradients lie, 0 where there is none, and 1 where there is one without elements:
+    int64, one for each row of the table.
 
     They change from step to step, and in a captured one are known only then. So they go as numbers
     of torch's launches, a hundred at a time, and not by host memory, which a graph had to keep.
@@ -337,7 +337,7 @@ def addresses_of(gradients: list[Tensor], places: list[int], table: Tensor) -> T
     addresses = table.new_zeros(len(table))
     if gradients:
         views = addresses.unbind()
-        where = [gradient.data_ptr() for gradient in gradients]
+        where = [gradient.data_ptr() or 1 for gradient in gradients]
         torch._foreach_add_([views[place] for place in places], where)
     return addresses
 

@@ -8,6 +8,7 @@ or with seq_idx, other dtypes), it runs here.
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ..causal_conv1d import causal_conv1d
@@ -36,7 +37,8 @@ def causal_conv1d_fn(
     initial_states: (batch, dim, width - 1), the inputs before x. Differentiable.
     return_final_states: return (out, final_states) instead of out, final_states (batch, dim,
         width - 1), channels contiguous. Differentiable.
-    final_states_out: memory for final_states; it is written only when they are returned.
+    final_states_out: memory into which final_states are copied where they are returned; gradients
+        go through what is returned.
     activation: None, or "silu" or "swish", which are one.
 
     Returns out, like x. Raises NotImplementedError for other activations, and ValueError where a
@@ -65,8 +67,9 @@ def causal_conv1d_fn(
         return out
     final_states = final_states.transpose(1, 2)
     if final_states_out is not None:
-        # An alias: the caller's buffer shall not carry this call's graph into the next one.
-        final_states = final_states_out.detach().copy_(final_states)
+        # The caller's buffer shall not carry this call's graph into the next one
+        with torch.no_grad():
+            final_states_out.copy_(final_states)
     return out, final_states
 
 

@@ -245,7 +245,9 @@ def flash_attn_with_kvcache(
     options = (0.0, softmax_scale, causal, window_size, softcap)
     if isinstance(filled, int) and cache_batch_idx is None and cache_leftpad is None:
         keys, values = k_cache[:batch, :filled], v_cache[:batch, :filled]
-        result = attend(q, keys, values, *options, alibi_slopes, return_softmax_lse)
+        result = attend(
+            q, keys, values, *options, alibi_slopes, return_softmax_lse, capacity=capacity
+        )
         return result[:2] if isinstance(result, tuple) else result
 
     keys, values, period = packed_caches(k_cache, v_cache, cache_batch_idx)
@@ -254,7 +256,7 @@ def flash_attn_with_kvcache(
         alibi_slopes = alibi_slopes.repeat_interleave(2, dim=0)
     result = attend(
         q.flatten(0, 1), keys, values, *options, alibi_slopes, return_softmax_lse, bounds_q,
-        bounds_k, q.shape[1],
+        bounds_k, q.shape[1], capacity=capacity,
     )  # fmt: skip
     if not isinstance(result, tuple):
         return result.view(q.shape)
@@ -277,7 +279,9 @@ def attend(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    capacity: int | None = None,
 ) -> Result:
+    """capacity: keys that a cache can hold; None where k is all there is."""
     if return_attn_probs and dropout_p > 0:
         raise NotImplementedError(
             "return_attn_probs must be False where dropout_p > 0, as the dropout mask is never"
@@ -289,7 +293,7 @@ def attend(
     longest_q, longest_k = (
         length if isinstance(length, int) else None for length in (max_seqlen_q, max_seqlen_k)
     )
-    if right >= (k.shape[-3] if longest_k is None else longest_k):
+    if right >= next(n for n in (capacity, longest_k, k.shape[-3]) if n is not None):
         right = -1  # upstream's rule: it matters to queries that stand before the first key
     result = flash_attention(
         q,

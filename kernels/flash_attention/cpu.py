@@ -1,12 +1,13 @@
 """CPU backend: torch's own flash attention kernels, called on the active samples only.
 
 They group heads as this op does. They know one mask by name, the causal one of equally many queries
-and keys, and take any other as a matrix to add. They are not called with a query that sees no key,
-for which they give a log-sum-exp of 0, nor with an empty sequence, on which they divide by zero.
-Queries without a key are the first ones, and to leave them out moves no bottom-right aligned mask.
-They know no softcap, no ALiBi and no dropout that could be told which weights to drop: with these,
-the reference runs in their place, forward and, differentiated by torch, backward. Of several
-sequences in a row they take one at a time.
+and keys, which they fill in before they scale, by a factor that is to be positive, and take any
+other as a matrix to add. They are not called with a query that sees no key, for which they give a
+log-sum-exp of 0, nor with an empty sequence, on which they divide by zero. Queries without a key
+are the first ones, and to leave them out moves no bottom-right aligned mask. They know no softcap,
+no ALiBi and no dropout that could be told which weights to drop: with these, the reference runs in
+their place, forward and, differentiated by torch, backward. Of several sequences in a row they take
+one at a time.
 """
 
 from collections.abc import Iterator
@@ -138,7 +139,7 @@ def attend(
         heads_first(q),
         heads_first(k),
         heads_first(v),
-        **visible(q, k, options.left, options.right),
+        **visible(q, k, options),
         scale=options.scale,
     )
     return out.transpose(1, 2), lse.transpose(1, 2)
@@ -167,12 +168,12 @@ def attend_backward(
         dout, q, out, lse = (x[:, blind:] for x in (dout, q, out, lse))
         dlse = None if dlse is None else dlse[:, blind:]
 
-    head_dim = q.shape[-1]
-    mask = visible(q, k, options.left, options.right)
+    dtype, head_dim = q.dtype, q.shape[-1]
     if dlse is not None:
         # The kernel takes Δ = Σ dO O from its inputs. One more channel, in which dO is 1, O is -dL
-        # and V is 0, makes that Σ dO O - dL and leaves dP as it was.
-        out = torch.cat((out, -dlse.unsqueeze(-1).to(out.dtype)), -1)
+        # and V is 0, makes that Σ dO O - dL and leaves dP as it was. dL may not fit into 16 bits.
+        q, k, v, out, dout = (x.to(dlse.dtype) for x in (q, k, v, out, dout))
+        out = torch.cat((out, -dlse.unsqueeze(-1)), -1)
         dout = F.pad(dout, (0, 1), value=1.0)
         q, k, v = (F.pad(x, (0, 1)) for x in (q, k, v))
 
@@ -184,10 +185,10 @@ def attend_backward(
         heads_first(out),
         lse.transpose(1, 2),
         dropout_p=0.0,
-        **mask,
+        **visible(q, k, options),
         scale=options.scale,
     )
-    dq, dk, dv = (x.transpose(1, 2)[..., :head_dim] for x in grads)
+    dq, dk, dv = (x.transpose(1, 2)[..., :head_dim].to(dtype) for x in grads)
     if blind:
         dq = F.pad(dq, (0, 0, 0, 0, blind, 0))
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
@@ -220,12 +221,14 @@ def blind_queries(q: Tensor, k: Tensor, right: int) -> int:
     return max(0, seqlen_q - seqlen_k - right)
 
 
-def visible(q: Tensor, k: Tensor, left: int, right: int) -> dict[str, bool | Tensor | None]:
+def visible(q: Tensor, k: Tensor, options: Options) -> dict[str, bool | Tensor | None]:
     """The window as options of the kernels."""
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    left, right = options.left, options.right
     all_left = left < 0 or left >= seqlen_k - 1
     all_right = right < 0 or right >= seqlen_q - 1
-    if all_left and (all_right or (right == 0 and seqlen_q == seqlen_k)):
+    causal = right == 0 and seqlen_q == seqlen_k and options.scale > 0
+    if all_left and (all_right or causal):
         return {"is_causal": not all_right, "attn_mask": None}
     key = torch.arange(seqlen_k)
     own = torch.arange(seqlen_q).unsqueeze(-1) + seqlen_k - seqlen_q

@@ -37,8 +37,10 @@ def tiles_of(
     if descriptor is not None:
         tiles = descriptor, sample.to(tl.int32), head
     else:
-        in_sample, in_row, in_head = stride[0] * UNIT, stride[1] * UNIT, stride[2] * UNIT
-        start = ptr + sample * in_sample + row * in_row + tl.cast(head, tl.int64) * in_head
+        # A stride may fit into 32 bits that does not in single numbers
+        in_row = tl.cast(stride[1], OFFSET) * UNIT
+        start = ptr + sample * stride[0] * UNIT + tl.cast(row, tl.int64) * in_row
+        start += tl.cast(head, tl.int64) * stride[2] * UNIT
         t, d = tl.arange(0, BLOCK).to(OFFSET), tl.arange(0, BLOCK_D).to(OFFSET)
         tiles = start, t[:, None] * in_row + d[None, :] * stride[3], in_row
     return tiles

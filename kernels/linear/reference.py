@@ -14,9 +14,14 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, route: Rout
 
 def products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias in the accumulator's dtype, of weights rounded to x's."""
-    real = wide(x.dtype)
-    out = torch.einsum("btk,nk->btn", x.to(real), weight.to(x.dtype).to(real))
-    return out if bias is None else out + bias.to(x.dtype).to(real)
+    out = torch.einsum("btk,nk->btn", x.to(wide(x.dtype)), rounded(weight, x.dtype))
+    return out if bias is None else out + rounded(bias, x.dtype)
+
+
+def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded to dtype, but not its gradient; in the accumulator's dtype."""
+    real = weight.to(wide(dtype))
+    return real + (real.to(dtype) - real).detach()
 
 
 def gradients(dout: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

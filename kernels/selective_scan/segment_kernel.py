@@ -149,7 +149,9 @@ def carry_kernel(
             steps = tl.load(steps_ptr + place * dim + columns, mask=inside, other=0.0)
             broken = tl.load(broken_ptr + place * tl.num_programs(0) + tile)
             store_plane(ptr, h, dim, columns, held)
-            h = tl.where(broken != 0, added, tl.exp2(steps[None, :] * A) * h + added)
+            # Of no state nothing is left, by whatever it would grow
+            grown = tl.where(h == 0, 0.0, tl.exp2(steps[None, :] * A) * h)
+            h = tl.where(broken != 0, added, grown + added)
         else:
             store_plane(ptr, h, dim, columns, held)
         done += 1

@@ -165,6 +165,31 @@ def test_the_length_split_over_programs_changes_nothing(
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@only_triton
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_state_of_zero_stays_zero_through_a_segment_that_would_grow_anything(
+    impl, reverse, monkeypatch
+):
+    monkeypatch.setattr(kernel, "segment_of", lambda seqlen, warps: kernel.CHUNK)
+    seqlen, states = 3 * kernel.CHUNK, 3
+    u, B, C = (
+        torch.randn(1, seqlen, *s, generator=seeded(0)) for s in ((2,), (1, states), (1, states))
+    )
+    silent = slice(2 * kernel.CHUNK, None) if reverse else slice(2 * kernel.CHUNK)
+    delta = torch.full((1, seqlen, 2), 0.1)
+    delta[:, silent] = -4.0
+    u[:, silent] = 0
+    A = -torch.ones(2, states)
+    results = []
+    for chosen in (impl, "reference"):
+        leaf = u.clone().requires_grad_()
+        out = selective_scan(leaf, delta, A, B, C, impl=chosen)
+        heard = out[:, : 2 * kernel.CHUNK].sum() if reverse else out
+        results.append(torch.autograd.grad(heard, leaf)[0] if reverse else heard.detach())
+    assert results[1].isfinite().all() and results[1].count_nonzero()
+    torch.testing.assert_close(*results)
+
+
 def test_segments_are_whole_chunks_that_cover_the_length_and_are_worth_it():
     for seqlen in (1, 31, 32, 33, 4096, 32768 + 1):
         chunks = -(-seqlen // kernel.CHUNK) * kernel.CHUNK

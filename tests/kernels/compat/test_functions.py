@@ -371,9 +371,29 @@ def test_causal_conv1d_fn_agrees_with_torch(channel_last, activation):
     expected = F.conv1d(inputs, weight.unsqueeze(1), bias, groups=7)
     expected = F.silu(expected) if activation else expected
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(state, inputs[..., -3:]) and state.data_ptr() == final.data_ptr()
+    assert torch.equal(state, inputs[..., -3:]) and torch.equal(state, final)
+    assert not final.requires_grad
     for got, theirs in zip(gradients(out, leaves), gradients(expected, leaves), strict=True):
         torch.testing.assert_close(got, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_the_final_states_that_are_written_somewhere_keep_their_gradient():
+    x, weight = normal(1, 2, 5).requires_grad_(), normal(2, 3)
+
+    def final(x, buffer):
+        out, state = compat.causal_conv1d_fn(
+            x, weight, return_final_states=True, final_states_out=buffer
+        )
+        return out, state
+
+    compiled = torch.compile(final, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (compiled, final):
+        buffer = torch.zeros(1, 2, 2)
+        out, state = function(x, buffer)
+        results.append((buffer, *torch.autograd.grad(state.sum() + 0 * out.sum(), x)))
+    torch.testing.assert_close(*results)
+    assert results[0][1].count_nonzero() == 4
 
 
 def test_causal_conv1d_fn_gives_zeros_for_padding():
@@ -503,6 +523,25 @@ def test_a_step_that_does_not_fit_its_cache_is_refused(change, message):
     with pytest.raises((ValueError, NotImplementedError), match=message):
         compat.flash_attn_with_kvcache(q, cache, cache, **options)
     assert torch.equal(cache, before)
+
+
+@pytest.mark.parametrize(
+    "filled, window_size", [(1, (2, 1)), (3, (0, 1)), (4, (9, 16)), (2, (1, 15))]
+)
+def test_a_window_is_measured_by_the_whole_cache_wherever_its_filling_is_known(filled, window_size):
+    """flash-attn makes a tensor of a number, and lifts windows as wide as the cache."""
+    q, cache = QKV[:, :6, 0], normal(2, 16, 4, 8)
+    outs = [
+        compat.flash_attn_with_kvcache(
+            q, cache, cache, cache_seqlens=lengths, window_size=window_size
+        )
+        for lengths in (filled, torch.full((2,), filled, dtype=torch.int32))
+    ]
+    torch.testing.assert_close(*outs)
+    lifted = -1 if window_size[1] >= 16 else window_size[1]
+    keys = cache[:, :filled]
+    expected = flash_attention(q, keys, keys, window_size=(window_size[0], lifted))
+    torch.testing.assert_close(outs[0], expected)
 
 
 @pytest.mark.parametrize("on_device", [False, True])
