@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
@@ -257,7 +258,8 @@ def forget_gradients(model: nn.Module, optimizer: Optimizer) -> None:
 
     model: in which StochasticMixers under device dispatch keep the memory of their mixers'
         gradients, as a captured step needs it; their next backward pass overwrites it. A mixer that
-        no sample takes leaves it as it is, so the optimizer must know what was used.
+        no sample takes leaves it as it is, so the optimizer must know what was used. Among several
+        ranks it is zeroed, as what one of them does not use is added to what others do.
     """
     layers = [module for module in model.modules() if isinstance(module, StochasticMixer)]
     routed = [layer for layer in layers if layer.dispatch == "device"]
@@ -266,6 +268,10 @@ def forget_gradients(model: nn.Module, optimizer: Optimizer) -> None:
         for parameter in group["params"]:
             if group.get("gate") is None or parameter not in kept:
                 parameter.grad = None
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        gradients = [parameter.grad for parameter in kept if parameter.grad is not None]
+        if gradients:
+            torch._foreach_zero_(gradients)
     for layer in routed:
         layer.forget_gradients()
 

@@ -192,8 +192,6 @@ class Trainer:
             for parameter in group["params"]:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                elif group["gate"] is not None:  # memory that this rank did not write
-                    parameter.grad.masked_fill_(used[group["gate"]] == 0, 0)
         groups = self.optimizer.param_groups
         gradients = [parameter.grad for group in groups for parameter in group["params"]]
         self.ranks.sum_([*gradients, used])

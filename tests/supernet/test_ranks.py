@@ -149,12 +149,14 @@ from tossup.supernet.ranks import end
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-for shared in (False, True):
+weights = []
+for dispatch, shared in (("host", False), ("host", True), ("device", True)):
     torch.manual_seed(0)
     router = tossup.Router(tossup.Strategy(mixers=2), layers=1, seed=rank + 1)
     mixers = {"a": tossup.Attention(16, 2), "m": tossup.Mamba(16, d_state=4)}
     model = DistributedDataParallel(
-        tossup.StochasticMixer(mixers, router=router), find_unused_parameters=True
+        tossup.StochasticMixer(mixers, router=router, dispatch=dispatch),
+        find_unused_parameters=True,
     )
     optimizer = tossup.GatedAdamW(tossup.parameter_groups(model), lr=1e-2, router=router)
     apart = 0
@@ -168,13 +170,17 @@ for shared in (False, True):
         if shared:
             dist.all_reduce(used)
         optimizer.step(used=used)
-        optimizer.zero_grad()
+        if dispatch == "device":
+            tossup.forget_gradients(model, optimizer)
+        else:
+            optimizer.zero_grad()
     assert apart
-    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-    both = [torch.empty_like(weights) for _ in range(2)]
-    dist.all_gather(both, weights)
+    weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    both = [torch.empty_like(weights[-1]) for _ in range(2)]
+    dist.all_gather(both, weights[-1])
     if rank == 0:
         print("the same" if torch.equal(*both) else "apart", flush=True)
+torch.testing.assert_close(*weights[1:], rtol=1e-4, atol=1e-6)
 end(0)
 """
 
@@ -183,7 +189,7 @@ def test_ranks_with_tables_of_their_own_add_up_what_was_used(tmp_path):
     """As the README has it: each would else update the mixers of its own tables alone."""
     program = tmp_path / "program.py"
     program.write_text(DISTRIBUTED)
-    assert on_two_ranks(str(program)) == "apart\nthe same\n"
+    assert on_two_ranks(str(program)) == "apart\nthe same\nthe same\n"
 
 
 @pytest.mark.parametrize("code", [0, 3])
