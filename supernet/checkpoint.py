@@ -37,12 +37,16 @@ def read_checkpoint(folder: Path | str, dispatch: Dispatch = "host") -> Supernet
     """
     folder = Path(folder)
     recover_directory(folder)
+    config = read_config(folder)
+    return model_of(config, open_tensors(folder / "model.safetensors"), dispatch)
+
+
+def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     config = read_json(path)
     if not isinstance(config.get("model"), dict):
         raise ConfigError(f"{path} takes the key model, with a model's configuration")
-    tensors = open_tensors(folder / "model.safetensors")
-    return model_of(validate(config["model"], ModelConfig), tensors, dispatch)
+    return validate(config["model"], ModelConfig)
 
 
 def model_of(

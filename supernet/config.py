@@ -256,6 +256,10 @@ MixerConfig = Annotated[
 ]
 
 
+# Of a ModelConfig: what no weight depends on
+OF_TEXT = "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"
+
+
 class ModelConfig(Strict):
     """A decoder: embedding, blocks of mixer and SwiGLU, norm, head."""
 
@@ -272,6 +276,17 @@ class ModelConfig(Strict):
     initializer_range: PositiveFloat = Field(
         0.02, description="standard deviation of initial weights"
     )
+    bos_token_id: int | None = Field(None, description="begins a text; for other software")
+    eos_token_id: int | tuple[int, ...] | None = Field(None, description="ends what is generated")
+    pad_token_id: int | None = Field(None, description="fills a row after its end")
+    max_position_embeddings: PositiveInt | None = Field(
+        None, description="tokens that other software may take"
+    )
+
+    def told_by(self, other: "ModelConfig") -> "ModelConfig":
+        """This, with what another one says of text where this one says nothing."""
+        said = {key: getattr(other, key) for key in OF_TEXT if getattr(self, key) is None}
+        return self.model_copy(update=said)
 
     @model_validator(mode="after")
     def parts_fit(self) -> "ModelConfig":

@@ -4,6 +4,7 @@ Tensors are named as in transformers' Mistral, with the mixers of a stochastic l
 under `layers.i.mixer.mixers.<name>`, and a plain mixer, or a placement's, under `layers.i.mixer`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ class SupernetModel(nn.Module):
         tokens: Tensor,
         *,
         table: MixerTable | None = None,
-        placement: Sequence[str] | None = None,
+        placement: str | Sequence[str] | None = None,
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         seq_idx: Tensor | None = None,
@@ -87,7 +88,8 @@ class SupernetModel(nn.Module):
     ) -> Tensor:
         """Logits (batch, seqlen, vocab_size) of tokens (batch, seqlen).
 
-        table: follow this mixer table. placement: one mixer name per layer, over the table.
+        table: follow this mixer table. placement: one mixer name per layer, or for all, over the
+        table. Training takes one of the two, evaluation the main mixers by default.
         attention_mask: (batch, seqlen) padding mask. seq_idx: integers (batch, seqlen), the number
         of each token's sequence, where rows pack several. cu_seqlens: (sequences + 1,) int32, the
         same for a batch of one row. losses, metrics: dicts for the mixers' own.
@@ -96,6 +98,11 @@ class SupernetModel(nn.Module):
         how many last tokens get logits; 0 is all.
         """
         places = self._places(placement)
+        if self.training and self.config.is_supernet and table is placement is None:
+            raise ValueError(
+                "training follows a mixer table: pass table=, as draw(seed, step, batch) gives "
+                "one, or placement="
+            )
         kwargs: dict[str, Any] = {
             "attention_mask": attention_mask, "cu_seqlens": cu_seqlens, "seq_idx": seq_idx
         }  # fmt: skip
@@ -132,18 +139,19 @@ class SupernetModel(nn.Module):
         top_k: int | None = 50,
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
-        placement: Sequence[str] | None = None,
+        placement: str | Sequence[str] | None = None,
     ) -> Tensor:
         """Continue prompts token by token; names and defaults are those of transformers.
 
         input_ids: (batch, seqlen). attention_mask: (batch, seqlen), zero in the padding, which
         stands on the left of shorter prompts; a row's result does not depend on it.
         max_new_tokens: how many to add, unless every row has come to an eos_token_id, one or
-        several, before. pad_token_id: what fills a row after its eos; defaults to the (first) eos.
+        several, before; by default the configuration's, [] is none. pad_token_id: what fills a row
+        after its eos; by default the configuration's, or else the (first) eos.
         do_sample: draw each token, with `generator` or torch's own; otherwise take the likeliest.
         temperature divides the logits, top_k keeps so many of the likeliest tokens (None or 0:
-        all), top_p the fewest whose probabilities reach it. placement: one mixer name per layer;
-        the main mixers by default, in training as in evaluation.
+        all), top_p the fewest whose probabilities reach it. placement: as in `forward`; the main
+        mixers by default, in training as in evaluation.
 
         Returns (batch, seqlen + new tokens). On an accelerator the host runs ahead: it waits for
         the device every 16 tokens if there is an eos, and at the end.
@@ -162,8 +170,10 @@ class SupernetModel(nn.Module):
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens takes at least 1, got {max_new_tokens}")
         choose = Sampler(temperature, top_k, top_p, generator) if do_sample else greedy
-        stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
-        pad = pad_token_id if pad_token_id is not None else next(iter(stops), 0)
+        ends = self.config.eos_token_id if eos_token_id is None else eos_token_id
+        stops = [ends] if isinstance(ends, int) else list(ends or ())
+        pads = (pad_token_id, self.config.pad_token_id, *stops, 0)
+        pad = next(token for token in pads if token is not None)
         if placement is None and self.config.is_supernet:
             assert isinstance(self.config.mixer, StochasticMixerConfig)
             placement = (self.config.mixer.main,) * self.config.num_layers
@@ -207,7 +217,8 @@ class SupernetModel(nn.Module):
         return None
 
     def flops_per_token(self, seqlen: int, placement: Sequence[str] | None = None) -> float:
-        """Forward FLOPs per token at a sequence length, two per multiply-add.
+        """Forward FLOPs per token at a sequence length, two per multiply-add, the same in any order
+        of the layers.
 
         Of a placement; or else the exact expectation over the tables that the strategy draws.
         """
@@ -218,17 +229,19 @@ class SupernetModel(nn.Module):
         )
         # The embedding is looked up, not multiplied; a tied one is counted once, as the head.
         shared -= 0 if self.config.tie_embeddings else self.embed_tokens.weight.numel()
-        total = 2.0 * shared
         if placement is None and self.config.is_supernet:
             marginals = self.strategy().marginals(self.config.num_layers)
-            for layer, shares in enumerate(marginals):
-                mixers = self._choices(layer).values()
-                for share, mixer in zip(shares, mixers, strict=True):
-                    total += float(share) * mixer.flops_per_token(seqlen)
-            return total
-        for layer, name in enumerate(self._places(placement)):
-            total += self._choices(layer)[name].flops_per_token(seqlen)
-        return total
+            mixing = [
+                float(share) * mixer.flops_per_token(seqlen)
+                for layer, shares in enumerate(marginals)
+                for share, mixer in zip(shares, self._choices(layer).values(), strict=True)
+            ]
+        else:
+            mixing = [
+                self._choices(layer)[name].flops_per_token(seqlen)
+                for layer, name in enumerate(self._places(placement))
+            ]
+        return math.fsum([2.0 * shared, *mixing])
 
     def _choices(self, layer: int) -> dict[str, Any]:
         mixer = self.layers[layer].mixer
@@ -236,9 +249,11 @@ class SupernetModel(nn.Module):
             return dict(mixer.mixers.items())
         return {self._places(None)[layer]: mixer}
 
-    def _places(self, placement: Sequence[str] | None) -> Sequence[Any]:
+    def _places(self, placement: str | Sequence[str] | None) -> Sequence[Any]:
         """Each layer's mixer by name; None where the table or the main mixer says."""
         layers = self.config.num_layers
+        if isinstance(placement, str):
+            placement = (placement,) * layers
         if not self.config.is_supernet:
             own = self.config.placement or (self.mixer_names[0],) * layers
             if placement is not None and tuple(placement) != own:

@@ -190,8 +190,9 @@ def parameter_groups(model: nn.Module, weight_decay: float | None = None) -> lis
     model: any module; the mixers of the StochasticMixers inside it get the gates (layer, mixer),
         the mixer by its place among the layer's. What several of them share, and everything else,
         is shared.
-    weight_decay: of matrices; None is the optimizer's. Norms, biases, convolutions, `A_log`, `D`
-        and what is marked `_no_weight_decay`, as mamba_ssm and others do, do not decay.
+    weight_decay: of matrices, stacks of them too; None is the optimizer's. Norms, biases, `A_log`,
+        `D`, convolutions and what is marked `_no_weight_decay`, as mamba_ssm and others do, do not
+        decay.
 
     Raises ValueError where two layers have one number, and where a mixer under device dispatch
     shares a parameter with another module: its backward pass would overwrite the other's part of
@@ -218,10 +219,11 @@ def parameter_groups(model: nn.Module, weight_decay: float | None = None) -> lis
                 for parameter in mixer.parameters():
                     gates[parameter] = gate if gates.get(parameter, gate) == gate else None
     groups: dict[tuple[Any, bool], list[Tensor]] = {}
+    taps = {m.weight for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            spared = name.endswith("A_log") or getattr(parameter, "_no_weight_decay", False)
-            decays = parameter.ndim == 2 and not spared
+            marked = name.endswith("A_log") or getattr(parameter, "_no_weight_decay", False)
+            decays = parameter.ndim >= 2 and not marked and parameter not in taps
             groups.setdefault((gates.get(parameter), decays), []).append(parameter)
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     return [

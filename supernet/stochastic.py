@@ -257,6 +257,11 @@ class StochasticMixer(nn.Module):
             if counts[index]:
                 samples.append(rows[index, : counts[index]])
                 parts.append(call.run(name, samples[-1]))
+                if len(parts[-1]) != counts[index]:
+                    raise ValueError(
+                        f"mixer {name} made {len(parts[-1])} rows of {counts[index]} samples: name "
+                        "arguments that have a row for each sample in batched_kwargs"
+                    )
         return torch.cat(parts)[torch.cat(samples).argsort()]
 
     def _dense(self, call: Call, table: MixerTable) -> Tensor:

@@ -19,7 +19,14 @@ from tqdm import tqdm
 
 from ..kernels.routing import MixerTable
 from ..kernels.transfer import send
-from .checkpoint import copy_tensors, model_tensors, open_tensors, save_model, save_tensors
+from .checkpoint import (
+    copy_tensors,
+    model_tensors,
+    open_tensors,
+    read_config,
+    save_model,
+    save_tensors,
+)
 from .config import RunConfig, TrainingConfig
 from .conversion import load_into
 from .data import IGNORED, Batch, build_data
@@ -256,6 +263,7 @@ class Trainer:
     def load(self, folder: Path) -> None:
         """Go back to a checkpoint. Raises ConfigError where it is not whole."""
         copy_tensors(model_tensors(self.model), open_tensors(folder / "model.safetensors"))
+        self.model.config = self.model.config.told_by(read_config(folder))
         state = open_tensors(folder / "optimizer.safetensors")
         ranks = int(state.pop(RANKS, torch.tensor(1)))
         if ranks != self.ranks.count:

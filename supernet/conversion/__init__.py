@@ -7,8 +7,8 @@
 | mistral | attention in every layer | transformers' MistralForCausalLM |
 
 Weights are written in the dtype that they have in the model, and a model that is read has its
-file's dtypes, so that tensors come back bit for bit. Token ids and position limits of other
-formats' config.json are not kept: a model of ours knows none.
+file's dtypes, so that tensors come back bit for bit. Token ids and the position limit of a
+config.json are kept as well.
 """
 
 from collections.abc import Sequence
@@ -119,7 +119,8 @@ def load_into(model: SupernetModel, path: Path | str) -> None:
     """Start a supernet from a pretrained checkpoint of an ordinary model, of any format.
 
     Embedding, norms, MLPs and the main mixer of each layer receive its weights; other mixers keep
-    their initialisation. Raises ConfigError where the two do not fit.
+    their initialisation. The supernet's configuration takes over token ids and the position limit
+    where it has none. Raises ConfigError where the two do not fit.
     """
     load_pretrained(model, load_checkpoint(path))
 

@@ -19,8 +19,7 @@ Settings = dict[str, Any]  # what a config.json holds
 # Settings without a say in what the weights compute, of any format: they are not kept.
 NEUTRAL = (
     *("_from_model_config", "_name_or_path", "architectures", "auto_map", "model_type"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class"),
-    *("dtype", "torch_dtype", "transformers_version", "use_cache", "max_position_embeddings"),
+    *("tokenizer_class", "dtype", "torch_dtype", "transformers_version", "use_cache"),
 )
 
 

@@ -4,7 +4,7 @@ What it calls a sliding window is our window: so many tokens, the query itself i
 config.json leaves a setting out, MistralConfig's default holds; no window is an explicit null.
 """
 
-from ..config import AttentionConfig, ModelConfig
+from ..config import OF_TEXT, AttentionConfig, ModelConfig
 from ..errors import ConfigError
 from ..loader import validate
 from .format import (
@@ -24,6 +24,7 @@ DECODER = {
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
     "initializer_range": "initializer_range",
+    **{name: name for name in OF_TEXT},
 }
 ATTENTION = {
     "heads": "num_attention_heads",
@@ -35,6 +36,10 @@ DEFAULTS: Settings = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "max_position_embeddings": None,  # transformers' is the same for all, and refuses nothing
     "num_key_value_heads": 8,
     "head_dim": None,
     "sliding_window": 4096,
@@ -86,9 +91,10 @@ def decoder_from(settings: Settings) -> Settings:
 
 
 def decoder_to(config: ModelConfig) -> Settings:
-    # We know no special tokens; left out, they would be taken for 1 and 2.
-    tokens = {"bos_token_id": None, "eos_token_id": None}
-    return {**write_settings(config, DECODER), "hidden_act": "silu", **tokens}
+    settings = {**write_settings(config, DECODER), "hidden_act": "silu"}
+    if config.max_position_embeddings is None:
+        del settings["max_position_embeddings"]  # null is no number of positions
+    return settings
 
 
 def attention_from(settings: Settings) -> Settings:
@@ -112,7 +118,10 @@ def rope_theta_from(settings: Settings) -> float:
         raise ConfigError(
             f"rope_parameters takes rope_type default and a rope_theta, got {rope} in config.json"
         )
-    return {"rope_theta": 10000.0, **settings, **rope}["rope_theta"]
+    theta = {"rope_theta": 10000.0, **settings, **rope}["rope_theta"]
+    if theta is None:
+        raise ConfigError("rope_theta takes a number, got null in config.json")
+    return theta
 
 
 MISTRAL = Format(

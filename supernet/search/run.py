@@ -119,7 +119,7 @@ def check_model(wanted: ModelConfig, found: ModelConfig) -> None:
     """Raises ConfigError unless a checkpoint's model is the run's, and a supernet."""
     if not found.is_supernet:
         raise ConfigError("search takes a run whose model.mixer is of type stochastic")
-    was, now = (config.model_dump(mode="json") for config in (found, wanted))
+    was, now = (config.model_dump(mode="json") for config in (found, wanted.told_by(found)))
     for key, theirs, ours in differences(was, now, "model"):
         raise ConfigError(
             f"{key} is {ours}, and the checkpoint was trained with {theirs}: "

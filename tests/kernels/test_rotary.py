@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -56,11 +58,22 @@ def test_agrees_with_complex_multiplication(impl, interleaved, dtype, sizes, per
     assert_within_budget((out, dx), (exact, exact_dx), (exact.to(dtype), exact_dx.to(dtype)))
 
 
+def test_far_angles_are_as_exact_as_near_ones():
+    positions = torch.tensor([0, 1, 4095, 131071, 2**20 + 1])
+    cos, sin = rotary_angles(positions, 8, theta=500.0)
+    for position, cosines, sines in zip(positions.tolist(), cos, sin, strict=True):
+        for i, (of_cos, of_sin) in enumerate(zip(cosines.tolist(), sines.tolist(), strict=True)):
+            angle = position * 500.0 ** (-2 * i / 8)
+            assert of_cos == pytest.approx(math.cos(angle), abs=1e-7)
+            assert of_sin == pytest.approx(math.sin(angle), abs=1e-7)
+
+
 @every_impl
 def test_agrees_with_transformers(impl):
     config = LlamaConfig(hidden_size=64, num_attention_heads=2, rope_parameters=None)
     torch.manual_seed(0)
-    x, positions = torch.randn(3, 9, 2, 32), torch.randint(0, 4096, (3, 9))
+    # As far as its float32 holds angles to what is compared
+    x, positions = torch.randn(3, 9, 2, 32), torch.randint(0, 64, (3, 9))
     cos, sin = LlamaRotaryEmbedding(config)(x, positions)
     theirs, _ = apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
     ours_cos, ours_sin = rotary_angles(positions, 32)

@@ -1,11 +1,11 @@
 """The decoder: dispatches agree, placements are models of their own, costs are exact."""
 
-from itertools import product
+from itertools import permutations, product
 
 import pytest
 import torch
 
-from tests.supernet.tiny import model_config, model_values
+from tests.supernet.tiny import MIXERS, model_config, model_values
 from tossup import Attention, MixerTable, SupernetModel, draw
 from tossup.supernet.checkpoint import model_tensors
 from tossup.supernet.config import ModelConfig
@@ -133,6 +133,28 @@ def test_shared_flops_are_the_matrices_that_every_token_meets(tie):
     mixers = sum(block.mixer.mixers["attention"].flops_per_token(7) for block in model.layers)
     matrices = 3 * 3 * 16 * 24 + 32 * 16
     assert model.flops_per_token(7, ["attention"] * 3) == mixers + 2 * matrices
+
+
+def test_the_order_of_layers_changes_no_flops():
+    """Though sums of what no float holds exactly would: 46 · 2/3 keys of a window, for one."""
+    values = model_values(layers=6)
+    values["mixer"]["mixers"] = {**MIXERS, "window": MIXERS["attention"] | {"window_size": 7}}
+    model = SupernetModel(ModelConfig.model_validate(values))
+    placements = permutations(("attention", "attention", "mamba", "window", "window", "mamba"))
+    assert len({model.flops_per_token(1000, placement) for placement in placements}) == 1
+
+
+def test_one_name_is_the_mixer_of_every_layer():
+    model = supernet().eval()
+    everywhere = model(TOKENS, placement=("mamba",) * 3)
+    assert torch.equal(model(TOKENS, placement="mamba"), everywhere)
+    new = model.generate(TOKENS, max_new_tokens=2, placement="mamba")
+    assert torch.equal(new, model.generate(TOKENS, max_new_tokens=2, placement=("mamba",) * 3))
+
+
+def test_training_without_a_table_is_refused():
+    with pytest.raises(ValueError, match=r"pass table=, as draw\(seed, step, batch\) gives"):
+        supernet().train()(TOKENS)
 
 
 def test_logits_of_the_last_tokens_alone():

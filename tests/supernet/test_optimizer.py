@@ -470,6 +470,17 @@ def test_state_of_other_gates_is_refused():
         GatedAdamW(other).load_state_dict(state)
 
 
+def test_stacks_of_matrices_decay_and_taps_do_not():
+    model = torch.nn.ModuleDict(
+        {"conv1": torch.nn.Conv1d(4, 4, 3), "conv2": torch.nn.Conv2d(1, 2, 3)}
+    )
+    model["experts"] = torch.nn.ParameterList([torch.randn(3, 4, 5)])
+    groups = parameter_groups(model, weight_decay=0.3)
+    found = {p.shape: g["weight_decay"] for g in groups for p in g["params"]}
+    assert found.pop((3, 4, 5)) == 0.3
+    assert set(found.values()) == {0.0}
+
+
 def test_groups_put_each_mixers_parameters_behind_its_gate():
     """In a model of someone else's; what two mixers share, and what is frozen, is nobody's."""
     shared = torch.nn.Linear(8, 8)

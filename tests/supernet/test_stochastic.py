@@ -173,6 +173,22 @@ def test_keyword_arguments_follow_their_samples(dispatch):
             )
 
 
+def test_rows_that_are_not_those_of_the_samples_are_refused():
+    """One sample's row and another argument's two broadcast, to two rows of who knows what."""
+
+    class Mixer(nn.Module):
+        def forward(self, hidden_states, offset):
+            return hidden_states + offset
+
+    layer = StochasticMixer({"a": Mixer(), "b": Mixer()})
+    table = MixerTable.of(torch.tensor([[1, 0]]), 2, 2)
+    x, offset = torch.ones(2, 1, 1), torch.tensor([10.0, 20.0]).view(2, 1, 1)
+    with pytest.raises(ValueError, match="mixer a made 2 rows of 1 samples: name arguments"):
+        layer(x, table=table, offset=offset)
+    told = StochasticMixer({"a": Mixer(), "b": Mixer()}, batched_kwargs={"offset"})
+    assert told(x, table=table, offset=offset).flatten().tolist() == [11.0, 21.0]
+
+
 def test_forwards_get_what_they_take():
     """By name, by **kwargs (only what says something), behind torch.compile; never positionally."""
     seen = {}

@@ -76,6 +76,32 @@ def test_a_setting_left_out_has_transformers_default(tmp_path):
     assert config.tie_embeddings is defaults.tie_word_embeddings
 
 
+def test_what_ends_a_text_comes_back(tmp_path):
+    said = {"bos_token_id": 3, "eos_token_id": [2, 5], "pad_token_id": 0}
+    mistral(**said, max_position_embeddings=77).save_pretrained(tmp_path / "in")
+    ours = load_checkpoint(tmp_path / "in")
+    save_checkpoint(ours, tmp_path / "ours")
+    save_checkpoint(load_checkpoint(tmp_path / "ours"), tmp_path / "out", "mistral")
+    again = MistralForCausalLM.from_pretrained(tmp_path / "out")
+    assert {key: getattr(again.config, key) for key in said} == said
+    assert again.config.max_position_embeddings == 77
+    assert again.generation_config.eos_token_id == [2, 5]
+    # Whatever comes first is made an end
+    prompt = torch.tensor([[1, 4, 7]])
+    first = ours.generate(prompt, max_new_tokens=1)[0, -1].item()
+    ours.config = ours.config.model_copy(update={"eos_token_id": (first,)})
+    assert ours.generate(prompt, max_new_tokens=5).shape == (1, 4)
+    assert ours.generate(prompt, max_new_tokens=5, eos_token_id=[]).shape == (1, 8)
+
+
+@pytest.mark.parametrize("rope", [..., {"rope_type": "default", "rope_theta": None}])
+def test_a_null_rotary_base_is_refused(rope, tmp_path):
+    mistral().save_pretrained(tmp_path / "in")
+    theta = None if rope is ... else 500.0
+    folder = edited(tmp_path / "in", tmp_path / "out", rope_theta=theta, rope_parameters=rope)
+    refuses("rope_theta takes a number, got null in config.json", folder)
+
+
 def test_bfloat16_stays_bfloat16(tmp_path):
     mistral().bfloat16().save_pretrained(tmp_path / "in")
     model = load_checkpoint(tmp_path / "in")

@@ -1,5 +1,7 @@
 """Supernets that begin with the weights of a pretrained model."""
 
+import json
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from tests.supernet.conversion.checkpoints import (
 from tossup.supernet.checkpoint import model_tensors
 from tossup.supernet.conversion import (
     load_into,
+    save_checkpoint,
 )
 from tossup.supernet.errors import ConfigError
 
@@ -24,6 +27,15 @@ def test_the_main_mixer_receives_the_weights(tmp_path):
     load_into(model, tmp_path / "in")
     torch.testing.assert_close(logits(model), logits(theirs).logits, rtol=0, atol=1e-5)
     assert others and all(torch.equal(model_tensors(model)[k], t) for k, t in others.items())
+
+
+def test_what_ends_a_text_is_taken_over_where_nothing_was_said(tmp_path):
+    mistral(eos_token_id=5, pad_token_id=4).save_pretrained(tmp_path / "in")
+    model = supernet(pretrained_mixers(), layers=2, norm_eps=1e-6, pad_token_id=9)
+    load_into(model, tmp_path / "in")
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (5, 9)
+    save_checkpoint(model, tmp_path / "out", "mistral", ("base",) * 2)
+    assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == 5
 
 
 @pytest.mark.parametrize(
