@@ -71,7 +71,7 @@ def evaluate(path: Path | None, overrides: Sequence[str]) -> None:
     from .data import build_data
     from .devices import device_of
     from .evaluate import evaluate_model
-    from .run_folder import latest_checkpoint
+    from .run_folder import check_same_data, latest_checkpoint
 
     config = load_config(path, overrides, EvaluationConfig)
     options = config.training
@@ -79,9 +79,10 @@ def evaluate(path: Path | None, overrides: Sequence[str]) -> None:
     model = load_checkpoint(wanted or latest_checkpoint(config.output))
     placement = placement_of(config.placement, model.config)
     check_evaluation(config, placement, model.config)
-    batches = build_data(config.data, config.seed).evaluation(
-        options.evaluation_batches, options.batch_size
-    )
+    data = build_data(config.data, config.seed)
+    if wanted is None:
+        check_same_data(config, data)
+    batches = data.evaluation(options.evaluation_batches, options.batch_size)
     score = evaluate_model(model.to(device_of(options.device)), batches, placement)
     print(json.dumps({"metrics": score.metrics, "standard_errors": score.standard_errors}))
 

@@ -88,7 +88,6 @@ class GatedAdamW(Optimizer):
             "weight_decay": weight_decay,
             "inactive": inactive,
             "gate": None,
-            "capturable": True,  # tells load_state_dict to put `step` on the parameter's device
         }
         self.router = router
         self._partition: list[int] = []  # for each group the first that has the same options
@@ -102,23 +101,41 @@ class GatedAdamW(Optimizer):
         _check(group)
         if group["gate"] is not None:
             group["gate"] = tuple(group["gate"])
-        for param in group["params"]:
-            self.state[param] = {
-                "step": torch.zeros((), dtype=torch.float32, device=param.device),
-                "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
-            }
+        self._begin(group["params"])
         self._partition = []
 
+    def _begin(self, params: Iterable[Tensor]) -> None:
+        """Give state to those that have none."""
+        for param in params:
+            if param not in self.state:
+                self.state[param] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=param.device),
+                    "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
+                }
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore state and options. Raises ValueError where the saved groups have other gates."""
-        saved = [group.get("gate") for group in state_dict["param_groups"]]
+        """Restore state and options, of torch's AdamW too; what it does not know stays as it is.
+
+        Raises ValueError where the saved groups have other gates, or options that are not here.
+        """
         here = [group["gate"] for group in self.param_groups]
+        saved = [group.get("gate") for group in state_dict["param_groups"]]
         if saved != here:
             raise ValueError(
                 f"state_dict has parameter groups with gates {saved}, this optimizer takes {here}"
             )
-        super().load_state_dict(state_dict)
+        for group in state_dict["param_groups"]:
+            for option in ("amsgrad", "maximize"):
+                if group.get(option):
+                    raise ValueError(f"state_dict has {option}, which this optimizer has not")
+        # torch then puts `step` on the parameter's device
+        there = {"capturable": True}
+        groups = [{**self.defaults, **group, **there} for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        for group in self.param_groups:
+            del group["capturable"]
+            self._begin(group["params"])  # torch has none of what never had a gradient
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"router": self.router}

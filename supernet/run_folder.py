@@ -6,9 +6,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 import yaml
+from safetensors import safe_open
+from torch import Tensor
 
 from .config import RunConfig
+from .data import Dataset
 from .errors import ConfigError
 from .files import exclusive, write_atomically
 from .loader import load_config
@@ -16,6 +20,8 @@ from .loader import load_config
 # What may change between a run and its continuation: nothing that a step's result depends on.
 CHANGEABLE = {"log_every", "evaluate_every", "evaluation_batches", "checkpoint_every"}
 CHANGEABLE |= {"keep_checkpoints"}
+
+DATA = "data"  # in a checkpoint's optimizer.safetensors: the fingerprint of what was trained on
 
 
 @contextmanager
@@ -51,6 +57,30 @@ def check_same_run(config: RunConfig) -> None:
             f"{config.output} holds a run whose {key} is {was}, not {now}: "
             "take another output, or remove the folder"
         )
+
+
+def check_same_data(config: RunConfig, data: Dataset) -> None:
+    """Raise ConfigError where the newest checkpoint was trained on data that the same configuration
+    no longer names: what is held out now may be among it. Others may be measured on anything."""
+    theirs = load_config(config.output / "config.yaml", (), RunConfig)
+    if (theirs.data, theirs.seed) != (config.data, config.seed):
+        return
+    folder = latest_checkpoint(config.output)
+    with safe_open(folder / "optimizer.safetensors", "pt") as file:
+        if DATA in file.keys():
+            refuse_changed(file.get_tensor(DATA), data, folder)
+
+
+def refuse_changed(fingerprint: Tensor, data: Dataset, folder: Path) -> None:
+    if not torch.equal(fingerprint, fingerprint_of(data)):
+        raise ConfigError(
+            f"data has changed since {folder} was trained on it, and with it what is held out: "
+            "restore it, or train anew"
+        )
+
+
+def fingerprint_of(data: Dataset) -> Tensor:
+    return torch.tensor([*bytes.fromhex(data.fingerprint())], dtype=torch.uint8)
 
 
 def write_config(config: RunConfig) -> None:

@@ -41,11 +41,14 @@ from .optimizer import GatedAdamW, clip_grad_norm_, forget_gradients, parameter_
 from .ranks import Ranks
 from .report import Report
 from .run_folder import (
+    DATA,
     check_same_run,
+    fingerprint_of,
     forget_after,
     latest_checkpoint,
     list_checkpoints,
     locked,
+    refuse_changed,
     write_config,
     write_record,
 )
@@ -256,6 +259,7 @@ class Trainer:
             sums = {REPORT + name: tensor for name, tensor in self.report.tensors().items()}
             state = optimizer_tensors(self.model, self.optimizer)
             state[RANKS] = torch.tensor(self.ranks.count)
+            state[DATA] = fingerprint_of(self.data)
             save_tensors({**state, **sums}, folder / "optimizer.safetensors")
         for old in list_checkpoints(self.config.output)[: -self.options.keep_checkpoints]:
             shutil.rmtree(old)
@@ -270,6 +274,8 @@ class Trainer:
             raise ConfigError(
                 f"{folder} is of a run on {ranks} ranks: go on with as many, got {self.ranks.count}"
             )
+        if DATA in state:
+            refuse_changed(state.pop(DATA), self.data, folder)
         names = [name for name in state if name.startswith(REPORT)]
         sums = {name.removeprefix(REPORT): state.pop(name) for name in names}
         if self.ranks.first:  # they are all ranks' together

@@ -25,8 +25,8 @@ def load_pretrained(model: SupernetModel, pretrained: SupernetModel) -> None:
     if not isinstance(model.config.mixer, StochasticMixerConfig) or not model.config.is_supernet:
         raise ConfigError("pretrained weights go into a supernet; this model is none")
     check_same(model.config, pretrained.config)
-    model.config = model.config.told_by(pretrained.config)
     main = model.config.mixer.main
+    model.config = model.config.told_by(pretrained.config)
     tensors = model_tensors(pretrained)
     for name, parameter in model.named_parameters():
         gate = model.gate_of(name)

@@ -22,10 +22,14 @@ class SearchConfig(Strict):
 
     training_config: Path | None = Field(None, description="the run whose model is searched")
     budgets: list[StrictInt] | dict[str, StrictInt] = Field(
-        description="layers of the first mixers in declared order, or by mixer name"
+        description="how many layers each mixer gets, but for one that takes all others: by name, "
+        "{attention: 2}, or of the first ones in declared order, [2]"
+    )
+    filler: str | None = Field(
+        None, description="the mixer of all other layers, if several have no budget"
     )
     method: Literal["beam", "exhaustive"] = Field(
-        "beam", description="exhaustive scores every placement"
+        "beam", description="exhaustive scores every placement that fills the budgets"
     )
     beam_width: PositiveInt = Field(12, description="placements that go on to the next layer")
     initial_beam_width: PositiveInt = Field(12, description="the same after the first layer")

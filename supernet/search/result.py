@@ -106,6 +106,7 @@ def searched(config: SearchConfig, space: SearchSpace, cost: Cost | None) -> dic
         "method": config.method,
         "budgets": list(space.budgets.values()),
         "budgets_by_mixer": space.budgets,
+        "filler": space.filler,
         "beam_width": config.beam_width,
         "initial_beam_width": config.initial_beam_width,
         "early_stop": config.early_stop,

@@ -19,7 +19,7 @@ from ..devices import device_of
 from ..errors import ConfigError
 from ..evaluate import evaluate_placements
 from ..model import SupernetModel
-from ..run_folder import differences, latest_checkpoint
+from ..run_folder import check_same_data, differences, latest_checkpoint
 from . import search
 from .beam import max_evaluations
 from .journal import Fingerprints, Journal
@@ -41,9 +41,14 @@ def run_search(run: RunConfig, config: SearchConfig) -> dict[str, Any]:
     model = load_checkpoint(checkpoint, run.training.dispatch).to(device_of(run.training.device))
     check_model(run.model, model.config)
     space = SearchSpace.from_budgets(
-        model.config.num_layers, list(model.mixer_names), config.budgets, config.key("budgets")
+        model.config.num_layers,
+        list(model.mixer_names),
+        config.budgets,
+        config.filler,
+        config.key("budgets"),
     )
     data = build_data(run.data, run.seed)
+    check_same_data(run, data)
     batches = data.evaluation(config.batches, config.batch_size)
     cost = cost_model(config, model, seqlen=batches[0][0].shape[1])
     settings = config.model_dump(include={"batches", "batch_size", "candidates_per_forward"})

@@ -28,12 +28,18 @@ class SearchSpace:
 
     @classmethod
     def from_budgets(
-        cls, layers: int, mixers: Sequence[str], budgets: Budgets, key: str = "budgets"
+        cls,
+        layers: int,
+        mixers: Sequence[str],
+        budgets: Budgets,
+        filler: str | None = None,
+        key: str = "budgets",
     ) -> "SearchSpace":
         """Check the budgets against the model.
 
-        A list gives the first mixers their budgets in declared order, and the next one fills. A
-        dict names the mixers; they are placed in its order, and the first one it leaves out fills.
+        A list gives the first mixers their budgets in declared order. A dict names the mixers; they
+        are placed in its order. filler: one without a budget, to be named if there are several, as
+        the others then run nowhere.
         ConfigError names the budget that cannot be met; key is what the file calls budgets.
         """
         if len(set(mixers)) != len(mixers):
@@ -54,8 +60,18 @@ class SearchSpace:
         if sum(budgets.values()) > layers:
             counts = " + ".join(map(str, budgets.values()))
             raise ConfigError(f"{key} takes the model's {layers} layers at most, got {counts}")
-        filler = next(mixer for mixer in mixers if mixer not in budgets)
-        return cls(layers, tuple(mixers), dict(budgets), filler)
+        others = [mixer for mixer in mixers if mixer not in budgets]
+        if filler is None and len(others) > 1:
+            raise ConfigError(
+                f"{key} leaves out {others}: name the one that takes all other layers as "
+                f"{key.replace('budgets', 'filler')}, or give others a budget"
+            )
+        if filler is not None and filler not in others:
+            raise ConfigError(
+                f"{key.replace('budgets', 'filler')} takes one of {others}, which have no budget, "
+                f"got {filler!r}"
+            )
+        return cls(layers, tuple(mixers), dict(budgets), filler or others[0])
 
     @property
     def order(self) -> tuple[str, ...]:

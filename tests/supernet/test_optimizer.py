@@ -461,6 +461,36 @@ def test_wrong_used():
             call(torch.ones(LAYERS, MIXERS, device="meta"))
 
 
+def test_state_goes_to_and_from_torchs_adamw():
+    def trained(make, state=None):
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
+        with torch.no_grad():
+            for n, parameter in enumerate(model.parameters()):
+                parameter.copy_(torch.linspace(-1, n, parameter.numel()).view_as(parameter))
+        optimizer = make(model.parameters(), lr=0.1, betas=(0.8, 0.9), weight_decay=0.2)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        (model[0] if state is None else model)(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+        return optimizer, [parameter.detach() for parameter in model.parameters()]
+
+    for makes in ((torch.optim.AdamW, GatedAdamW), (GatedAdamW, torch.optim.AdamW)):
+        results = []
+        for second in makes:
+            first, _ = trained(makes[0])  # the second layer has no gradient yet
+            optimizer, weights = trained(second, first.state_dict())
+            again, _ = trained(makes[0], optimizer.state_dict())
+            results.append([*weights, *(again.state[p]["step"] for p in again.state)])
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_state_of_other_options_is_refused(option):
+    state = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], **{option: True}).state_dict()
+    with pytest.raises(ValueError, match=f"state_dict has {option}, which this optimizer has not"):
+        GatedAdamW([torch.nn.Parameter(torch.ones(1))]).load_state_dict(state)
+
+
 def test_state_of_other_gates_is_refused():
     params = make_params()
     state = GatedAdamW(groups_of(params)).state_dict()

@@ -347,12 +347,13 @@ def test_mixers_losses_are_learned_from_and_reported(tmp_path, monkeypatch):
 
 def test_a_pretrained_model_starts_the_main_mixers_once(tmp_path):
     values = run_values(tmp_path / "pretrained", steps=2)
-    values["model"] |= {"mixer": values["model"]["mixer"]["mixers"]["attention"]}
+    values["model"] |= {"mixer": values["model"]["mixer"]["mixers"]["attention"], "eos_token_id": 7}
     source = train(RunConfig.model_validate(values))
     pretrained = load_file(source / "model.safetensors")
     run = run_config(tmp_path / "run", steps=2, init_from=source)
     trainer = Trainer(run)
     trainer.start()
+    assert trainer.model.config.eos_token_id == 7
     for name, parameter in trainer.model.named_parameters():
         if trainer.model.gate_of(name) in (None, (0, "attention"), (1, "attention")):
             assert torch.equal(parameter, pretrained[name.replace(".mixers.attention", "")]), name
@@ -360,6 +361,7 @@ def test_a_pretrained_model_starts_the_main_mixers_once(tmp_path):
     shutil.rmtree(source)
     trainer = Trainer(run)
     trainer.start()
+    assert trainer.model.config.eos_token_id == 7
     assert_equal(
         dict(trainer.model.named_parameters()),
         dict(load_file(latest_checkpoint(run.output) / "model.safetensors")),

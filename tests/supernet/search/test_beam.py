@@ -274,11 +274,12 @@ def test_phases_place_one_mixer_each_and_the_filler_takes_the_rest():
 
 
 def test_budgets_by_name_set_the_order_and_the_filler(tmp_path):
-    space = SearchSpace.from_budgets(5, ["mamba", "window", "attention"], {"attention": 2})
+    space = SearchSpace.from_budgets(5, ["mamba", "window", "attention"], {"attention": 2}, "mamba")
     assert space.order == ("attention", "mamba")
     config = config_of(tmp_path, {"attention": 2})
     found = result_of(config, search(config, space, Table(random_quality(0))), FINGERPRINTS)
     assert found["phases"][0]["mixer_index"] == 2
     assert found["config"]["budgets_by_mixer"] == {"attention": 2}
+    assert found["config"]["filler"] == "mamba"
     assert found["final_configuration"]["summary"]["mixer[1]"] == ()
     assert len(found["final_configuration"]["summary"]["mixer[2]"]) == 2

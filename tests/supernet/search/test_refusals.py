@@ -34,11 +34,20 @@ from tossup.supernet.search.journal import Journal
         ([2, 3], r"^budgets takes the model's 4 layers at most, got 2 \+ 3$"),
         ({"x": 1}, r"names 'x'; the mixers are \['a', 'b', 'c'\]"),
         ({"c": 5}, "^budgets takes the model's 4 layers at most, got 5$"),
+        ([2], r"leaves out \['b', 'c'\]: name the one that takes all other layers as filler, or"),
     ],
 )
 def test_budgets_that_the_model_cannot_meet_are_named(budgets, message):
     with pytest.raises(ConfigError, match=message):
         SearchSpace.from_budgets(4, ["a", "b", "c"], budgets)
+
+
+@pytest.mark.parametrize("filler", ["a", "d"])
+def test_a_filler_is_one_of_those_without_a_budget(filler):
+    with pytest.raises(
+        ConfigError, match=rf"search.filler takes one of \['b', 'c'\], .*'{filler}'"
+    ):
+        SearchSpace.from_budgets(4, ["a", "b", "c"], [1], filler, "search.budgets")
 
 
 def test_mixers_need_different_names():
