@@ -5,6 +5,7 @@
 | tossup | any model, supernets included | our own |
 | apriel_hybrid_ssm | attention and grouped Mamba, layer by layer | ServiceNow's AprielHybridSSM |
 | mistral | attention in every layer | transformers' MistralForCausalLM |
+| llama | attention without a window in every layer | transformers' LlamaForCausalLM |
 
 Weights are written in the dtype that they have in the model, and a model that is read has its
 file's dtypes, so that tensors come back bit for bit. Token ids and the position limit of a
@@ -27,6 +28,7 @@ from ..run_folder import checkpoint_of
 from ..stochastic import Dispatch
 from .apriel_hybrid import APRIEL_HYBRID
 from .huggingface import read_model, write_model
+from .llama import LLAMA
 from .mistral import MISTRAL
 from .placement import place, placement_of
 from .pretrained import load_pretrained
@@ -41,9 +43,9 @@ __all__ = [
     "save_checkpoint",
 ]
 
-FormatName = Literal["tossup", "apriel_hybrid_ssm", "mistral"]
+FormatName = Literal["tossup", "apriel_hybrid_ssm", "mistral", "llama"]
 CHECKPOINT = {"config.json", "model.safetensors"}
-FORMATS = {fmt.model_type: fmt for fmt in (APRIEL_HYBRID, MISTRAL)}
+FORMATS = {fmt.model_type: fmt for fmt in (APRIEL_HYBRID, MISTRAL, LLAMA)}
 
 
 class ConvertConfig(Strict):

@@ -62,7 +62,7 @@ class SearchConfig(Strict):
     output_checkpoint_path: Path | None = Field(
         None, description="where to write a checkpoint of the best placement; none writes none"
     )
-    output_checkpoint_format: Literal["tossup", "apriel_hybrid_ssm", "mistral"] = "tossup"
+    output_checkpoint_format: Literal["tossup", "apriel_hybrid_ssm", "mistral", "llama"] = "tossup"
 
     @model_validator(mode="after")
     def direction_fits(self) -> "SearchConfig":

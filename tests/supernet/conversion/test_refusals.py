@@ -88,7 +88,13 @@ class TestRefusedExports:
             ({}, "mistral", "amm", "mistral takes mixers of type attention, got mamba in layer 1"),
             ({}, "tossup", "am", "placement takes one mixer name for each of the 3 layers, got"),
             ({}, "tossup", "axm", r"placement takes names of the mixers \['a', 'm'\], got 'x'"),
-            ({}, "llama", "aaa", "format takes one of .*, got 'llama'"),
+            ({}, "qwen", "aaa", "format takes one of .*, got 'qwen'"),
+            (
+                {"w": ATTENTION | {"window_size": 4}},
+                "llama",
+                "www",
+                "llama takes attention without a window, got 4",
+            ),
             (
                 {"o": {"type": "mamba1"}},
                 "apriel_hybrid_ssm",
