@@ -30,7 +30,7 @@ def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch):
     snippets = re.findall(
         r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
     )
-    assert len(snippets) == 7
+    assert len(snippets) == 8
     for snippet in snippets:
         exec(snippet, names)
         if "table.route" in snippet:
@@ -40,6 +40,10 @@ def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch):
     counts = names["router"].counts
     assert counts.sum() == 2 * 3 * 4
     tokens = names["batches"][0]
+    found = [block.self_attn.main_mixer_name for block in names["llama"].model.layers]
+    assert sorted(found) == ["attention", "mamba"]
+    for block, name in zip(names["again"].model.layers, found, strict=True):
+        block.self_attn.main_mixer_name = name
     saved, loaded = (names[name].eval()(tokens).logits for name in ("llama", "again"))
     assert torch.equal(saved, loaded)
     names["llama"].train()
