@@ -19,30 +19,14 @@ from ...kernels.selective_scan.ops import (
     selective_scan_into_op,
 )
 from ..widths import TAPS, check_groups, check_whole
-from .cache import cache_of
-from .packing import packing_of
-from .scan_mixer import (
-    StepProjection,
-    StepSizes,
-    convolve,
-    convolve_backward,
-    convolve_into,
-    depthwise_conv,
-    init_states,
-    rank_of,
-    rates_of,
-    reset_parameters,
-    scan,
-    scan_mixer_flops,
-    scan_mixer_workloads,
-)
+from .scan_mixer import ScanMixer, StepProjection, StepSizes, depthwise_conv, rank_of
 
 if TYPE_CHECKING:
     from ...autotune.workloads import Workload
     from ..device_dispatch import Layout, Run
 
 
-class GroupedMamba(nn.Module):
+class GroupedMamba(ScanMixer):
     """Mamba in Apriel's grouped form; tensors are named as in its checkpoints.
 
     hidden_size: width of the tokens. d_inner: channels of z and C. d_xb: channels of x and B
@@ -54,8 +38,6 @@ class GroupedMamba(nn.Module):
     Apriel adds the bias of dt_proj twice, in the projection and in the scan; so does this class,
     and checkpoints depend on it.
     """
-
-    left: int | None = None  # a scan has no window
 
     def __init__(
         self,
@@ -96,11 +78,7 @@ class GroupedMamba(nn.Module):
         self.A_log = nn.Parameter(torch.empty(self.d_inner, state_size, device=device))
         self.D = nn.Parameter(torch.empty(self.d_inner, device=device))
         self.out_proj = nn.Linear(self.d_inner, hidden_size, bias=bias, **where)
-        init_states(self)
-
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew, as those that were made on the meta device have to be."""
-        reset_parameters(self)
+        self.init_states()
 
     def forward(
         self,
@@ -111,20 +89,18 @@ class GroupedMamba(nn.Module):
         **packed: Any,
     ) -> Tensor:
         """(batch, seqlen, hidden_size) to the same; the arguments are those of Mamba."""
-        cache = cache_of(self, past_key_values, use_cache, attention_mask, packed)
-        packing = (
-            cache.step if cache else packing_of(hidden_states, attention_mask, self.left, **packed)
+        seq_idx, cache = self.followed(
+            hidden_states, attention_mask, past_key_values, use_cache, packed
         )
-        seq_idx = packing.seq_idx if packing else None
 
         z, x, B, C = self.split(self.in_proj(hidden_states))
         dt = self.dt_proj(self.dt_in_proj(hidden_states))
         repeats = self.d_inner // self.d_xb
         if self.repeat_kv_before_conv:
-            x = convolve(self.conv1d, repeat_groups(x, self.d_state, repeats), seq_idx, cache)
+            x = self.convolve(repeat_groups(x, self.d_state, repeats), seq_idx, cache)
         else:
-            x = repeat_groups(convolve(self.conv1d, x, seq_idx, cache), self.d_state, repeats)
-        return self.out_proj(scan(self, x, dt, B, C, z, seq_idx, cache))
+            x = repeat_groups(self.convolve(x, seq_idx, cache), self.d_state, repeats)
+        return self.out_proj(self.scan(x, dt, B, C, z, seq_idx, cache))
 
     def split(self, projected: Tensor) -> tuple[Tensor, ...]:
         """z, x, B and C; of the last two a group of states each.
@@ -152,7 +128,7 @@ class GroupedMamba(nn.Module):
         run.linear(slot["projected"], x, self.in_proj.weight, self.in_proj.bias)
         run.linear(slot["low"], x, self.dt_in_proj.weight, self.dt_in_proj.bias)
         run.linear(slot["dt"], slot["low"], self.dt_proj.weight, self.dt_proj.bias)
-        convolve_into(self.conv1d, run, slot["conv"], self.convolved(run))
+        self.convolve_into(run, slot["conv"], self.convolved(run))
         selective_scan_into_op(slot["y"], slot["kept"], *self.scanned(run), True, run.impl)
         run.linear(out, slot["y"], self.out_proj.weight, self.out_proj.bias)
 
@@ -168,12 +144,12 @@ class GroupedMamba(nn.Module):
         run.linear_backward(ddt, slot["low"], dlow, self.dt_proj.weight)
         if self.repeat_kv_before_conv:
             drepeated = dy  # which is no longer needed
-            of_conv = convolve_backward(self.conv1d, run, drepeated, du, self.convolved(run))
+            of_conv = self.convolve_backward(run, drepeated, du, self.convolved(run))
             sum_groups_into_op(dx_heads, drepeated, self.d_state, *run.tensors, run.impl)
         else:
             dconv = run.fresh("conv")
             sum_groups_into_op(dconv, du, self.d_state, *run.tensors, run.impl)
-            of_conv = convolve_backward(self.conv1d, run, dx_heads, dconv, self.convolved(run))
+            of_conv = self.convolve_backward(run, dx_heads, dconv, self.convolved(run))
         run.add_gradients(
             (self.A_log, dA * scanned[2]),  # A = -exp(A_log) is its own derivative
             (self.D, dD),
@@ -200,7 +176,7 @@ class GroupedMamba(nn.Module):
         slot = run.slot
         z, _, B, C = self.split(slot["projected"])
         u = slot["conv"] if self.repeat_kv_before_conv else self.repeated(run, slot["conv"])
-        A, D, bias = rates_of(self)
+        A, D, bias = self.rates()
         return u, slot["dt"], A, B, C, D, z, bias, run.seq_idx, *run.tensors
 
     def repeated(self, run: "Run", x: Tensor) -> Tensor:
@@ -212,7 +188,7 @@ class GroupedMamba(nn.Module):
         """What a forward pass runs, or the last token's step. shape: batch and dtype."""
         from ...autotune.workloads import RepeatGroups
 
-        others = scan_mixer_workloads(self, self.d_xb // self.d_state, seqlen, decoding, **shape)
+        others = self.scan_workloads(self.d_xb // self.d_state, seqlen, decoding, **shape)
         repeats, tokens = self.d_inner // self.d_xb, 1 if decoding else seqlen
         return [
             *others,
@@ -220,8 +196,3 @@ class GroupedMamba(nn.Module):
                 dim=self.d_xb, group=self.d_state, repeats=repeats, seqlen=tokens, **shape
             ),
         ]
-
-    def flops_per_token(self, seqlen: int) -> float:
-        """Forward FLOPs, two per multiply-add; the same at every length."""
-        projections = (self.in_proj, self.dt_in_proj, self.dt_proj, self.out_proj)
-        return scan_mixer_flops(self, projections)

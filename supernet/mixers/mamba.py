@@ -15,31 +15,15 @@ from ...kernels.selective_scan.ops import (
     selective_scan_into_op,
 )
 from ..widths import TAPS, check_whole
-from .cache import cache_of, single_layer
-from .packing import packing_of
-from .scan_mixer import (
-    StepProjection,
-    StepSizes,
-    convolve,
-    convolve_backward,
-    convolve_into,
-    depthwise_conv,
-    expanded,
-    init_states,
-    rank_of,
-    rates_of,
-    reset_parameters,
-    scan,
-    scan_mixer_flops,
-    scan_mixer_workloads,
-)
+from .cache import single_layer
+from .scan_mixer import ScanMixer, StepProjection, StepSizes, depthwise_conv, expanded, rank_of
 
 if TYPE_CHECKING:
     from ...autotune.workloads import Workload
     from ..device_dispatch import Layout, Run
 
 
-class Mamba(nn.Module):
+class Mamba(ScanMixer):
     """Mamba-1, a drop-in for mamba_ssm.Mamba: same arguments, defaults, initialisation and tensors.
 
     d_model: width of the tokens. d_state: states per channel, at most 256 on a GPU. d_conv: taps of
@@ -50,8 +34,6 @@ class Mamba(nn.Module):
     `inference_params` holds the states.
     Raises ValueError where a width is not as above, or below 1.
     """
-
-    left: int | None = None  # a scan has no window
 
     def __init__(
         self,
@@ -89,11 +71,7 @@ class Mamba(nn.Module):
         self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state, device=device))
         self.D = nn.Parameter(torch.empty(self.d_inner, device=device))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **where)
-        init_states(self)
-
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew, as those that were made on the meta device have to be."""
-        reset_parameters(self)
+        self.init_states()
 
     def forward(
         self,
@@ -114,17 +92,15 @@ class Mamba(nn.Module):
         """
         if inference_params is not None:
             return self._with_inference_params(hidden_states, inference_params)
-        cache = cache_of(self, past_key_values, use_cache, attention_mask, packed)
-        packing = (
-            cache.step if cache else packing_of(hidden_states, attention_mask, self.left, **packed)
+        seq_idx, cache = self.followed(
+            hidden_states, attention_mask, past_key_values, use_cache, packed
         )
-        seq_idx = packing.seq_idx if packing else None
 
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        x = convolve(self.conv1d, x, seq_idx, cache)
+        x = self.convolve(x, seq_idx, cache)
         dt, B, C = self.split(self.x_proj(x))
         dt = F.linear(dt, self.dt_proj.weight)
-        y = scan(self, x, dt, B.unsqueeze(2), C.unsqueeze(2), z, seq_idx, cache)
+        y = self.scan(x, dt, B.unsqueeze(2), C.unsqueeze(2), z, seq_idx, cache)
         return self.out_proj(y)
 
     def slot_layout(self, seqlen: int, dtype: torch.dtype, impl: str) -> "Layout":
@@ -141,7 +117,7 @@ class Mamba(nn.Module):
     def routed_forward(self, run: "Run", x: Tensor, out: Tensor) -> None:
         slot = run.slot
         run.linear(slot["xz"], x, self.in_proj.weight, self.in_proj.bias)
-        convolve_into(self.conv1d, run, slot["conv"], slot["xz"][..., : self.d_inner])
+        self.convolve_into(run, slot["conv"], slot["xz"][..., : self.d_inner])
         run.linear(slot["projected"], slot["conv"], self.x_proj.weight)
         dt, _, _ = self.split(slot["projected"])
         run.linear(slot["dt"], dt, self.dt_proj.weight)
@@ -162,7 +138,7 @@ class Mamba(nn.Module):
         run.linear_backward(ddt, dt, ddt_low, self.dt_proj.weight)
         run.linear_backward(dprojected, slot["conv"], dconv, self.x_proj.weight, add=True)
         of_x = slice(self.d_inner)
-        of_conv = convolve_backward(self.conv1d, run, dxz[..., of_x], dconv, slot["xz"][..., of_x])
+        of_conv = self.convolve_backward(run, dxz[..., of_x], dconv, slot["xz"][..., of_x])
         run.add_gradients(
             (self.A_log, dA * scanned[2]),  # A = -exp(A_log) is its own derivative
             (self.D, dD),
@@ -186,7 +162,7 @@ class Mamba(nn.Module):
         """What the scan takes, from u to the route."""
         slot = run.slot
         _, B, C = self.split(slot["projected"])
-        A, D, bias = rates_of(self)
+        A, D, bias = self.rates()
         z = slot["xz"][..., self.d_inner :]
         return (
             slot["conv"], slot["dt"], A, B.unsqueeze(2), C.unsqueeze(2), D, z, bias,
@@ -232,8 +208,4 @@ class Mamba(nn.Module):
 
     def workloads(self, *, seqlen: int, decoding: bool = False, **shape: Any) -> "list[Workload]":
         """What a forward pass runs, or the last token's step. shape: batch and dtype."""
-        return scan_mixer_workloads(self, 1, seqlen, decoding, **shape)
-
-    def flops_per_token(self, seqlen: int) -> float:
-        """Forward FLOPs, two per multiply-add; the same at every length."""
-        return scan_mixer_flops(self, (self.in_proj, self.x_proj, self.dt_proj, self.out_proj))
+        return self.scan_workloads(1, seqlen, decoding, **shape)
