@@ -45,8 +45,7 @@ class StochasticMixer(nn.Module):
         that they can follow (an error of its own says so), are not called, so that their hooks do
         not run, and find their gradients written to `.grad` by the backward pass,
         `torch.autograd.grad`'s too. Activation memory is the largest mixer's. `forget_gradients`
-        replaces clearing gradients; it is for passes that follow a table, while an evaluation's
-        gradients are always added.
+        replaces clearing gradients.
     streams: whether device dispatch launches each mixer on a CUDA stream of its own, so that mixers
         of different samples overlap.
     num_outputs: 1 returns a tensor; 2 returns (out, None) as attention in transformers does; 3
@@ -150,6 +149,8 @@ class StochasticMixer(nn.Module):
         call = Call(self, hidden_states, kwargs, preprocessed or {}, losses, metrics)
         chosen = self._chosen(table, placement)
         if isinstance(chosen, str):
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self._let_autograd_add(chosen)
             out = call.run(chosen)
         else:
             self._check_table(chosen, hidden_states.shape[0])
@@ -221,10 +222,7 @@ class StochasticMixer(nn.Module):
                 f"{table.count.device}"
             )
         (x,) = autocast(x)
-        with torch.inference_mode(False):  # a later backward pass writes it
-            if not isinstance(self.written, Tensor):
-                self.written = torch.full((len(self.names),), self.written, dtype=torch.int32)
-            self.written = self.written.to(x.device)
+        written = self._written_on(x.device)
         mixers: Any = tuple(self.mixers.values())
         extras = tuple(
             {**call.preprocessed_of(name), **packed_of(call, name, mixer)}
@@ -235,11 +233,29 @@ class StochasticMixer(nn.Module):
             mixers,
             table.count[self.layer],
             table.samples[self.layer],
-            self.written,
+            written,
             extras,
             self.streams,
             *self.mixers.parameters(),
         )
+
+    def _written_on(self, device: torch.device) -> Tensor:
+        with torch.inference_mode(False):  # a later backward pass writes it
+            if not isinstance(self.written, Tensor):
+                self.written = torch.full((len(self.names),), self.written, dtype=torch.int32)
+            self.written = self.written.to(device)
+        return self.written
+
+    def _let_autograd_add(self, name: str) -> None:
+        """Zero what device dispatch forgot of a mixer's gradients, and let it count as written."""
+        if self.dispatch != "device":
+            return
+        gradients = [p.grad for p in self.mixers[name].parameters() if p.grad is not None]
+        if gradients:
+            written = self._written_on(gradients[0].device)[self.names.index(name)]
+            for gradient in gradients:
+                gradient.masked_fill_(written == 0, 0)
+            written.clamp_(min=1)
 
     def _host(self, call: Call, table: MixerTable) -> Tensor:
         counts = table.count[self.layer].tolist()

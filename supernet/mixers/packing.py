@@ -123,6 +123,8 @@ def remembered(
         return make(told, *others)
     if told.is_cuda and torch.cuda.is_current_stream_capturing():
         return make(told, *others)
+    if not told.untyped_storage().resizable():  # another library's memory, which it may write
+        return make(told, *others)
     version, known = KNOWN.get(told, (None, {}))
     if version != told._version:
         known = {}

@@ -35,6 +35,8 @@ GROUPED = {
     "before": GROUPS,
     "after": GROUPS | {"repeat_kv_before_conv": False, "dt_proj_bias": False, "bias": True},
 }
+NAN = float("nan")
+
 every_set = pytest.mark.parametrize("mixers", [MIXERS, GROUPED], ids=["mamba1", "grouped"])
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 needs_interpreter = pytest.mark.skipif(not interpreted, reason="tensors are on the CPU")
@@ -488,6 +490,29 @@ def test_evaluation_takes_the_main_mixer_as_ever():
     device, host = model_of("device").eval(), model_of("host").eval()
     tokens = torch.arange(20).view(2, 10)
     torch.testing.assert_close(device(tokens), host(tokens))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_gradients_of_an_evaluation_are_added_to_none_that_were_forgotten(trained):
+    torch.manual_seed(0)
+    layer = StochasticMixer({"a": Mamba(16, 4), "b": Mamba(16, 4)}, dispatch="device")
+    x, table = torch.randn(2, 5, 16), MixerTable.of(torch.tensor([[0, 1]]), 2, 2)
+    weight = layer.mixers["a"].out_proj.weight
+    if trained:
+        layer(x, table=table).sum().backward()
+    else:
+        weight.grad = torch.full_like(weight, NAN)
+    layer.forget_gradients()
+    layer.eval()
+    layer(x).square().sum().backward()
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), weight)
+    torch.testing.assert_close(weight.grad, expected)
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(weight.grad, 2 * expected)
+    layer.train()
+    layer(x, table=table).sum().backward()  # a step's next micro-batch, which adds
+    (more,) = torch.autograd.grad(layer.mixers["a"](x[:1]).sum(), weight)
+    torch.testing.assert_close(weight.grad, 2 * expected + more)
 
 
 def test_a_drop_in_layer_finds_its_angles_itself():

@@ -4,6 +4,7 @@ import math
 from functools import partial
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -343,6 +344,15 @@ def test_what_is_remembered_goes_with_what_told_it(told):
     assert len(packing.KNOWN) == known + 1
     del told
     assert len(packing.KNOWN) == known
+
+
+def test_masks_of_another_librarys_memory_are_read_each_time():
+    """Which may change without torch counting it."""
+    memory = np.ones((2, 6), dtype=np.int64)
+    mixer, x, mask = Attention(16, 2), torch.randn(2, 6, 16), torch.from_numpy(memory)
+    mixer(x, attention_mask=mask)
+    memory[0, :2] = 0
+    close(mixer(x, attention_mask=mask), mixer(x, attention_mask=mask.clone()))
 
 
 @pytest.mark.parametrize("kind", MIXERS)
