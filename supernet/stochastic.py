@@ -167,8 +167,8 @@ class StochasticMixer(nn.Module):
             if not isinstance(placement, str):
                 if len(placement) <= self.layer:
                     raise ValueError(
-                        f"placement takes a name, or one for each layer, got {len(placement)} in "
-                        f"layer {self.layer}"
+                        f"placement takes a name, or one for each layer, got {len(placement)}, "
+                        f"none for layer {self.layer}"
                     )
                 placement = placement[self.layer]
             self._check_name("placement", placement)
