@@ -203,7 +203,7 @@ def packing_of_attention(
         (numbers == 1).all(),
         wrong.any(),
         "attention_mask must be causal, with padding and packed sequences at most"
-        + ("" if left is None else ", and no window that is narrower than the mixer's own window_size"),
+        + ("" if left is None else ", and no window narrower than the mixer's window_size"),
         waits,
     )
 

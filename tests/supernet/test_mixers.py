@@ -377,13 +377,13 @@ def test_a_masks_window_is_attentions_own(kind):
     mixer, x = MIXERS[kind](), torch.randn(2, 6, 16)
     if kind == "attention":
         for left in (1, 2, 4):
-            with pytest.raises(ValueError, match="no window that is narrower than the mixer's own"):
+            with pytest.raises(ValueError, match="no window narrower than the mixer's window_size"):
                 mixer(x, attention_mask=windowed(6, left))
     followed = {"attention": (5,), "window": (5, 3, 2)}
     for left in followed.get(kind, (5, 3, 2, 1)):
         close(mixer(x, attention_mask=windowed(6, left)), mixer(x))
     if kind == "window":
-        with pytest.raises(ValueError, match="no window that is narrower than the mixer's own"):
+        with pytest.raises(ValueError, match="no window narrower than the mixer's window_size"):
             mixer(x, attention_mask=windowed(6, 1))
 
 

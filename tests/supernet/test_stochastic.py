@@ -350,7 +350,7 @@ def test_outputs_come_as_the_caller_expects_them():
         (lambda: three(router=Router(Strategy(3), layers=4)), "layer takes 0 to 3, got none"),
         (
             lambda: three(layer=2)(torch.zeros(1, 1, 1), placement=["a", "b"]),
-            "placement takes a name, or one for each layer, got 2 in layer 2",
+            "placement takes a name, or one for each layer, got 2, none for layer 2",
         ),
         (lambda: three(layer=2, router=Router(Strategy(mixers=3), 2)), "takes 0 to 1, got 2"),
         (lambda: three(num_outputs=4), "num_outputs takes 1, 2 or 3, got 4"),
