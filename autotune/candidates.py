@@ -103,6 +103,11 @@ def of_update(facts: Facts) -> Mapping[str, tuple[int, ...]]:
     return {"BLOCK_DIM": (1, 2, 4, 8, 16, 32, 64, 128, 256), "num_warps": (1, 2, 4, 8)}
 
 
+def of_elements(facts: Facts) -> Mapping[str, tuple[int, ...]]:
+    """Blocks that divide a chunk of a parameter."""
+    return {"BLOCK": (256, 512, 1024, 2048, 4096), "num_warps": (1, 2, 4, 8)}
+
+
 def scores_and(sums: Callable[[Config], int]) -> Held:
     """A tile of scores, and `sums` rows of sums of head_dim."""
 
@@ -132,6 +137,10 @@ def of_product(config: Config, facts: Facts) -> int:
     return config["rows"] * config["columns"]
 
 
+def of_tensors(tensors: int) -> Held:
+    return lambda config, facts: tensors * config["BLOCK"]
+
+
 QUERIES = scores_and(lambda config: config["BLOCK_M"])
 KEYS = scores_and(lambda config: 2 * config["BLOCK_N"])  # of dK and of dV
 
@@ -151,4 +160,7 @@ SPACES = {
     "causal_conv1d_update.update": Space(of_update, of_channels, 1, 8),
     "linear.forward": Space(of_linear, of_product, 32, 128),
     "linear.weight_gradient": Space(of_linear, of_product, 32, 128),
+    "adamw.norm": Space(of_elements, of_tensors(1), 4, 32),
+    "adamw.scale": Space(of_elements, of_tensors(1), 4, 32),
+    "adamw.step": Space(of_elements, of_tensors(4), 16, 128),  # parameter, gradient, moments
 }

@@ -18,12 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import configs
 from ..launch import cdiv
 from ..precision import wide
 from ..transfer import send
 from .bucket import CHUNK, COLUMNS
 
-BLOCK, WARPS = 1024, 4  # elements that a program has at once: 2 × 16 bytes of a tensor to a lane
+# Elements that a program has at once, of CHUNK: 2 × 16 bytes of a tensor to a lane
+HEURISTIC = {"BLOCK": 1024, "num_warps": 4}
 COUNTED = 256  # step counts that a program has
 
 SIZE, FIRST, LAYER, MIXER, PARAM, EXP_AVG, EXP_AVG_SQ, STEP = map(tl.constexpr, range(len(COLUMNS)))
@@ -280,7 +282,8 @@ def adamw_(
     if len(owner):
         adamw_kernel[(len(owner),)](
             addresses, table, owner, *gates, lr, rate, beta1, beta2, log2(beta1), log2(beta2), eps,
-            weight_decay, DECAYS=decays, **elements_of(params, gradients, exp_avgs, exp_avg_sqs),
+            weight_decay, DECAYS=decays,
+            **elements_of("step", owner, params, gradients, exp_avgs, exp_avg_sqs),
         )  # fmt: skip
 
 
@@ -297,7 +300,7 @@ def gradient_norm(
     if len(owner):
         norm_kernel[(len(owner),)](
             partial, addresses_of(gradients, places, table), table, owner, *gates_of(used),
-            **elements_of(params[:1], gradients),
+            **elements_of("norm", owner, params[:1], gradients),
         )  # fmt: skip
     return partial.sum().sqrt()
 
@@ -314,7 +317,7 @@ def scale_gradients_(
     if len(owner):
         scale_kernel[(len(owner),)](
             addresses_of(gradients, places, table), factor, table, owner, *gates_of(used),
-            **elements_of(gradients),
+            **elements_of("scale", owner, gradients),
         )  # fmt: skip
 
 
@@ -349,16 +352,18 @@ def gates_of(used: Tensor | None) -> tuple[Tensor | None, int, int]:
     return used.view(torch.uint8) if used.dtype == torch.bool else used, *used.stride()
 
 
-def elements_of(*lists: list[Tensor]) -> dict[str, Any]:
+def elements_of(kernel: str, owner: Tensor, *lists: list[Tensor]) -> dict[str, Any]:
     """The constants of a kernel that goes over these tensors, all of one dtype."""
     dtype = lists[0][0].dtype
+    aligned = all(x.data_ptr() % 16 == 0 for column in lists for x in column)
+    facts = {"dtype": str(dtype), "aligned": aligned}
+    sizes = {"chunks": (len(owner), 4096)}
     return {
         "DTYPE": DTYPES[dtype],
         "WIDE": DTYPES[wide(dtype)],
-        "ALIGNED": all(x.data_ptr() % 16 == 0 for column in lists for x in column),
+        "ALIGNED": aligned,
         "CHUNK": CHUNK,
-        "BLOCK": BLOCK,
-        "num_warps": WARPS,
+        **configs.choose(f"adamw.{kernel}", facts, sizes, HEURISTIC),
     }
 
 

@@ -15,6 +15,7 @@ from tossup.autotune.timing import Timing
 from tossup.autotune.tune import Machine, tune
 from tossup.autotune.workloads.workload import Advance
 from tossup.kernels import configs
+from tossup.kernels.adamw.bucket import CHUNK
 from tossup.kernels.configs import Key
 from tossup.kernels.configs.file import read
 
@@ -258,6 +259,7 @@ FACTS_OF = {
     "repeat_groups": {},
     "selective_state_update": {"states": 16},
     "causal_conv1d_update": {},
+    "adamw": {},
 }
 
 
@@ -271,11 +273,11 @@ def test_candidates_are_legal_few_and_without_the_heuristic(kernel, dtype, descr
     every = candidates(key, {})
     assert 8 < len(every) < 256
     for config in every:
-        others = {"stages", "num_stages", "programs", "described"}
+        others = {"stages", "num_stages", "programs", "described", "BLOCK"}
         sides = [n for name, n in config.items() if name not in others]
         assert config.get("described", 0) <= described
         assert all(n & (n - 1) == 0 and n <= 256 for n in sides)
-        assert 32 % config.get("TOKENS", 1) == 0
+        assert 32 % config.get("TOKENS", 1) == 0 and CHUNK % config.get("BLOCK", 1) == 0
     assert candidates(key, every[3]) == every[:3] + every[4:]
 
 
