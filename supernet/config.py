@@ -17,6 +17,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    StrictInt,
     field_validator,
     model_validator,
 )
@@ -260,6 +261,9 @@ MixerConfig = Annotated[
 OF_TEXT = "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"
 
 
+Token = Annotated[StrictInt, Field(ge=0)]
+
+
 class ModelConfig(Strict):
     """A decoder: embedding, blocks of mixer and SwiGLU, norm, head."""
 
@@ -276,9 +280,11 @@ class ModelConfig(Strict):
     initializer_range: PositiveFloat = Field(
         0.02, description="standard deviation of initial weights"
     )
-    bos_token_id: int | None = Field(None, description="begins a text; for other software")
-    eos_token_id: int | tuple[int, ...] | None = Field(None, description="ends what is generated")
-    pad_token_id: int | None = Field(None, description="fills a row after its end")
+    bos_token_id: Token | None = Field(None, description="begins a text; for other software")
+    eos_token_id: Token | tuple[Token, ...] | None = Field(
+        None, description="ends what is generated"
+    )
+    pad_token_id: Token | None = Field(None, description="fills a row after its end")
     max_position_embeddings: PositiveInt | None = Field(
         None, description="tokens that other software may take"
     )
@@ -287,6 +293,18 @@ class ModelConfig(Strict):
         """This, with what another one says of text where this one says nothing."""
         said = {key: getattr(other, key) for key in OF_TEXT if getattr(self, key) is None}
         return self.model_copy(update=said)
+
+    @model_validator(mode="after")
+    def tokens_are_known(self) -> "ModelConfig":
+        for key in OF_TEXT[:3]:
+            value = getattr(self, key)
+            tokens = value if isinstance(value, tuple) else () if value is None else (value,)
+            for token in tokens:
+                if token >= self.vocab_size:
+                    raise ValueError(
+                        f"{key} takes tokens below vocab_size = {self.vocab_size}, got {token}"
+                    )
+        return self
 
     @model_validator(mode="after")
     def parts_fit(self) -> "ModelConfig":

@@ -98,7 +98,7 @@ class SupernetModel(nn.Module):
         how many last tokens get logits; 0 is all.
         """
         places = self._places(placement)
-        if self.training and self.config.is_supernet and table is placement is None:
+        if self.training and table is placement is None and not self._is_routed():
             raise ValueError(
                 "training follows a mixer table: pass table=, as draw(seed, step, batch) gives "
                 "one, or placement="
@@ -242,6 +242,11 @@ class SupernetModel(nn.Module):
                 for layer, name in enumerate(self._places(placement))
             ]
         return math.fsum([2.0 * shared, *mixing])
+
+    def _is_routed(self) -> bool:
+        """Whether layers know their mixer by themselves: there is one, or a router tells it."""
+        mixers = [block.mixer for block in self.layers]
+        return not any(isinstance(m, StochasticMixer) and m.router is None for m in mixers)
 
     def _choices(self, layer: int) -> dict[str, Any]:
         mixer = self.layers[layer].mixer

@@ -115,7 +115,7 @@ class GatedAdamW(Optimizer):
                 }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore state and options, of torch's AdamW too; what it does not know stays as it is.
+        """Restore state and options, torch's AdamW's too; what those have not stays as it is.
 
         Raises ValueError where the saved groups have other gates, or options that are not here.
         """
@@ -125,13 +125,15 @@ class GatedAdamW(Optimizer):
             raise ValueError(
                 f"state_dict has parameter groups with gates {saved}, this optimizer takes {here}"
             )
-        for group in state_dict["param_groups"]:
+        groups = []
+        for mine, group in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for option in ("amsgrad", "maximize"):
                 if group.get(option):
                     raise ValueError(f"state_dict has {option}, which this optimizer has not")
-        # torch then puts `step` on the parameter's device
-        there = {"capturable": True}
-        groups = [{**self.defaults, **group, **there} for group in state_dict["param_groups"]]
+            if not group.get("decoupled_weight_decay", True):
+                raise ValueError("state_dict is Adam's, whose weight decay enters the moments")
+            # capturable: torch then puts `step` on the parameter's device
+            groups.append({**mine, **group, "capturable": True})
         super().load_state_dict({**state_dict, "param_groups": groups})
         for group in self.param_groups:
             del group["capturable"]
@@ -207,9 +209,9 @@ def parameter_groups(model: nn.Module, weight_decay: float | None = None) -> lis
     model: any module; the mixers of the StochasticMixers inside it get the gates (layer, mixer),
         the mixer by its place among the layer's. What several of them share, and everything else,
         is shared.
-    weight_decay: of matrices, stacks of them too; None is the optimizer's. Norms, biases, `A_log`,
-        `D`, convolutions and what is marked `_no_weight_decay`, as mamba_ssm and others do, do not
-        decay.
+    weight_decay: of matrices, stacks of several too; None is the optimizer's. Norms, biases,
+        convolutions, `A_log`, `D` and what is marked `_no_weight_decay`, as by mamba_ssm and others,
+        do not decay.
 
     Raises ValueError where two layers have one number, and where a mixer under device dispatch
     shares a parameter with another module: its backward pass would overwrite the other's part of
@@ -236,11 +238,13 @@ def parameter_groups(model: nn.Module, weight_decay: float | None = None) -> lis
                 for parameter in mixer.parameters():
                     gates[parameter] = gate if gates.get(parameter, gate) == gate else None
     groups: dict[tuple[Any, bool], list[Tensor]] = {}
-    taps = {m.weight for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    convolutions = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    taps = {parameter for m in convolutions for parameter in m.parameters()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             marked = name.endswith("A_log") or getattr(parameter, "_no_weight_decay", False)
-            decays = parameter.ndim >= 2 and not marked and parameter not in taps
+            matrix = parameter.ndim == 2 or (parameter.ndim > 2 and len(parameter) > 1)
+            decays = matrix and not marked and parameter not in taps
             groups.setdefault((gates.get(parameter), decays), []).append(parameter)
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     return [
@@ -278,7 +282,7 @@ def forget_gradients(model: nn.Module, optimizer: Optimizer) -> None:
     model: in which StochasticMixers under device dispatch keep the memory of their mixers'
         gradients, as a captured step needs it; their next backward pass overwrites it. A mixer that
         no sample takes leaves it as it is, so the optimizer must know what was used. Among several
-        ranks it is zeroed, as what one of them does not use is added to what others do.
+        ranks it is zeroed, because their gradients are summed.
     """
     layers = [module for module in model.modules() if isinstance(module, StochasticMixer)]
     routed = [layer for layer in layers if layer.dispatch == "device"]
@@ -287,10 +291,11 @@ def forget_gradients(model: nn.Module, optimizer: Optimizer) -> None:
         for parameter in group["params"]:
             if group.get("gate") is None or parameter not in kept:
                 parameter.grad = None
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        gradients = [parameter.grad for parameter in kept if parameter.grad is not None]
-        if gradients:
-            torch._foreach_zero_(gradients)
+    among_ranks = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    gradients = [parameter.grad for parameter in kept if parameter.grad is not None]
+    added_to = [_local(g) for g in gradients if among_ranks or _is_sharded(g)]
+    if added_to:
+        torch._foreach_zero_(added_to)
     for layer in routed:
         layer.forget_gradients()
 

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import RunConfig
@@ -62,13 +62,20 @@ def check_same_run(config: RunConfig) -> None:
 def check_same_data(config: RunConfig, data: Dataset) -> None:
     """Raise ConfigError where the newest checkpoint was trained on data that the same configuration
     no longer names: what is held out now may be among it. Others may be measured on anything."""
-    theirs = load_config(config.output / "config.yaml", (), RunConfig)
+    folder, settings = latest_checkpoint(config.output), config.output / "config.yaml"
+    path = folder / "optimizer.safetensors"
+    if not (settings.exists() and path.exists()):  # which may be left behind to save room
+        return
+    theirs = load_config(settings, (), RunConfig)
     if (theirs.data, theirs.seed) != (config.data, config.seed):
         return
-    folder = latest_checkpoint(config.output)
-    with safe_open(folder / "optimizer.safetensors", "pt") as file:
-        if DATA in file.keys():
-            refuse_changed(file.get_tensor(DATA), data, folder)
+    try:
+        with safe_open(path, "pt") as file:
+            trained_on = file.get_tensor(DATA) if DATA in file.keys() else None
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot read tensors from {path}: {error}") from error
+    if trained_on is not None:
+        refuse_changed(trained_on, data, folder)
 
 
 def refuse_changed(fingerprint: Tensor, data: Dataset, folder: Path) -> None:

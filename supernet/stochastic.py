@@ -45,7 +45,8 @@ class StochasticMixer(nn.Module):
         that they can follow (an error of its own says so), are not called, so that their hooks do
         not run, and find their gradients written to `.grad` by the backward pass,
         `torch.autograd.grad`'s too. Activation memory is the largest mixer's. `forget_gradients`
-        replaces clearing gradients.
+        replaces clearing gradients, but for evaluations inside of torch.compile, whose gradients
+        are added to what there is.
     streams: whether device dispatch launches each mixer on a CUDA stream of its own, so that mixers
         of different samples overlap.
     num_outputs: 1 returns a tensor; 2 returns (out, None) as attention in transformers does; 3
@@ -150,7 +151,7 @@ class StochasticMixer(nn.Module):
         chosen = self._chosen(table, placement)
         if isinstance(chosen, str):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                self._let_autograd_add(chosen)
+                self._let_autograd_add(chosen, hidden_states.device)
             out = call.run(chosen)
         else:
             self._check_table(chosen, hidden_states.shape[0])
@@ -246,16 +247,15 @@ class StochasticMixer(nn.Module):
             self.written = self.written.to(device)
         return self.written
 
-    def _let_autograd_add(self, name: str) -> None:
+    def _let_autograd_add(self, name: str, device: torch.device) -> None:
         """Zero what device dispatch forgot of a mixer's gradients, and let it count as written."""
         if self.dispatch != "device":
             return
-        gradients = [p.grad for p in self.mixers[name].parameters() if p.grad is not None]
-        if gradients:
-            written = self._written_on(gradients[0].device)[self.names.index(name)]
-            for gradient in gradients:
-                gradient.masked_fill_(written == 0, 0)
-            written.clamp_(min=1)
+        written = self._written_on(device)[self.names.index(name)]
+        for parameter in self.mixers[name].parameters():
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(written == 0, 0)
+        written.clamp_(min=1)
 
     def _host(self, call: Call, table: MixerTable) -> Tensor:
         counts = table.count[self.layer].tolist()

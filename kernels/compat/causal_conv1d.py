@@ -37,8 +37,8 @@ def causal_conv1d_fn(
     initial_states: (batch, dim, width - 1), the inputs before x. Differentiable.
     return_final_states: return (out, final_states) instead of out, final_states (batch, dim,
         width - 1), channels contiguous. Differentiable.
-    final_states_out: memory into which final_states are copied where they are returned; gradients
-        go through what is returned.
+    final_states_out: memory for final_states, where they are returned; it is what is returned,
+        unless gradients go through that.
     activation: None, or "silu" or "swish", which are one.
 
     Returns out, like x. Raises NotImplementedError for other activations, and ValueError where a
@@ -70,6 +70,8 @@ def causal_conv1d_fn(
         # The caller's buffer shall not carry this call's graph into the next one
         with torch.no_grad():
             final_states_out.copy_(final_states)
+        if not final_states.requires_grad:
+            final_states = final_states_out
     return out, final_states
 
 

@@ -87,7 +87,10 @@ def decoder_from(settings: Settings) -> Settings:
     activation = settings.get("hidden_act", "silu")
     if activation != "silu":
         raise ConfigError(f"hidden_act takes silu, got {activation!r} in config.json")
-    return read_settings(settings, DECODER, DEFAULTS, "config.json")
+    decoder = read_settings(settings, DECODER, DEFAULTS, "config.json")
+    if decoder["pad_token_id"] == -1:  # of old checkpoints: none
+        decoder["pad_token_id"] = None
+    return decoder
 
 
 def decoder_to(config: ModelConfig) -> Settings:

@@ -42,6 +42,7 @@ class Dataset(ABC):
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+        self._fingerprint: str | None = None  # until it is asked for, as much may have to be read
 
     def batch(self, step: int, batch_size: int) -> Batch:
         """The training batch of a step.
@@ -58,8 +59,11 @@ class Dataset(ABC):
 
     def fingerprint(self) -> str:
         """A SHA-256 in hexadecimal of all that defines the batches: a key for cached scores."""
-        identity = {"seed": self.seed, **self._identity()}
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        if self._fingerprint is None:
+            identity = {"seed": self.seed, **self._identity()}
+            whole = json.dumps(identity, sort_keys=True).encode()
+            self._fingerprint = hashlib.sha256(whole).hexdigest()
+        return self._fingerprint
 
     def _draw(self, step: int, batch_size: int, stream: Stream) -> Batch:
         arrays = self._sequences(generator(self.seed, step, stream), batch_size, stream)

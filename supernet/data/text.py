@@ -130,7 +130,9 @@ class _Windows:
 
     def digest(self) -> str:
         """A hash of the bytes and of where files begin."""
-        return hashlib.sha256(self._starts.tobytes() + self._bytes.tobytes()).hexdigest()
+        whole = hashlib.sha256(self._starts.tobytes())
+        whole.update(self._bytes)
+        return whole.hexdigest()
 
 
 def _load(config: TextConfig) -> list[bytes]:

@@ -123,7 +123,7 @@ def remembered(
         return make(told, *others)
     if told.is_cuda and torch.cuda.is_current_stream_capturing():
         return make(told, *others)
-    if not told.untyped_storage().resizable():  # another library's memory, which it may write
+    if torch._C._functorch.is_functorch_wrapped_tensor(told) or is_foreign(told):
         return make(told, *others)
     version, known = KNOWN.get(told, (None, {}))
     if version != told._version:
@@ -133,6 +133,12 @@ def remembered(
     if key not in known:
         known[key] = make(told, *others)
     return known[key]
+
+
+def is_foreign(tensor: Tensor) -> bool:
+    """Whether the memory is another library's, which it may write unseen; a DataLoader's workers
+    share torch's own."""
+    return not (tensor.untyped_storage().resizable() or tensor.is_shared())
 
 
 def packing_of_numbers(seq_idx: Tensor) -> Packing:

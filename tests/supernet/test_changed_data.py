@@ -38,6 +38,17 @@ def test_changed_data_are_refused_until_they_are_restored(command, run, capsys):
 
 
 @pytest.mark.parametrize("command", ["search", "eval"])
+def test_a_run_without_its_optimizer_is_measured_all_the_same(command, run, tmp_path, capsys):
+    config, _ = run
+    path = tmp_path / "run/checkpoints/00000002/optimizer.safetensors"
+    path.write_bytes(b"garbage")
+    assert main([command, str(config)]) == 2
+    assert "cannot read tensors from" in capsys.readouterr().err
+    path.unlink()
+    assert main([command, str(config)]) == 0
+
+
+@pytest.mark.parametrize("command", ["search", "eval"])
 def test_other_data_may_be_measured_on(command, run):
     config, added = run
     added.write_text("Eight is another. " * 20)

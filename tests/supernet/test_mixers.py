@@ -355,6 +355,30 @@ def test_masks_of_another_librarys_memory_are_read_each_time():
     close(mixer(x, attention_mask=mask), mixer(x, attention_mask=mask.clone()))
 
 
+def test_masks_that_a_dataloaders_worker_shares_are_remembered():
+    mask = torch.ones(2, 6, dtype=torch.int64).share_memory_()
+    known = len(packing.KNOWN)
+    Attention(16, 2)(torch.randn(2, 6, 16), attention_mask=mask)
+    assert len(packing.KNOWN) == known + 1
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_torch_func_takes_masks_as_arguments(kind):
+    mixer, x = MIXERS[kind](), torch.randn(2, 6, 16)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+
+    def loss(parameters, x, mask):
+        out = torch.func.functional_call(mixer, parameters, (x,), {"attention_mask": mask})
+        return (out * mask[..., None]).sum()
+
+    parameters = {name: p.detach() for name, p in mixer.named_parameters()}
+    found = torch.func.grad(loss)(parameters, x, mask)
+    (mixer(x, attention_mask=mask) * mask[..., None]).sum().backward()
+    close(
+        [found[name] for name, _ in mixer.named_parameters()], [p.grad for p in mixer.parameters()]
+    )
+
+
 @pytest.mark.parametrize("kind", MIXERS)
 def test_packed_sequences_compile_whole(kind):
     mixer, x = MIXERS[kind](), torch.randn(1, 6, 16)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.supernet.tiny import MIXERS, model_config, model_values
-from tossup import Attention, MixerTable, SupernetModel, draw
+from tossup import Attention, MixerTable, Router, SupernetModel, draw
 from tossup.supernet.checkpoint import model_tensors
 from tossup.supernet.config import ModelConfig
 from tossup.supernet.model import language_model_losses
@@ -155,6 +155,15 @@ def test_one_name_is_the_mixer_of_every_layer():
 def test_training_without_a_table_is_refused():
     with pytest.raises(ValueError, match=r"pass table=, as draw\(seed, step, batch\) gives"):
         supernet().train()(TOKENS)
+
+
+def test_routers_of_the_layers_tell_their_mixers():
+    model = supernet().train()
+    router = Router(model.strategy(), layers=3, seed=0)
+    for block in model.layers:
+        block.mixer.router = router
+    table = router.draw(batch=len(TOKENS))
+    assert torch.equal(model(TOKENS), model(TOKENS, table=table))
 
 
 def test_logits_of_the_last_tokens_alone():

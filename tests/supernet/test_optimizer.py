@@ -484,6 +484,16 @@ def test_state_goes_to_and_from_torchs_adamw():
         torch.testing.assert_close(*results)
 
 
+def test_options_that_a_state_does_not_have_stay():
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = GatedAdamW([{"params": [parameter], "inactive": "decay", "name": "mine"}])
+    optimizer.load_state_dict(torch.optim.AdamW([parameter], lr=0.25).state_dict())
+    (group,) = optimizer.param_groups
+    assert (group["inactive"], group["name"], group["lr"]) == ("decay", "mine", 0.25)
+    with pytest.raises(ValueError, match="state_dict is Adam's"):
+        optimizer.load_state_dict(torch.optim.Adam([parameter]).state_dict())
+
+
 @pytest.mark.parametrize("option", ["amsgrad", "maximize"])
 def test_state_of_other_options_is_refused(option):
     state = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], **{option: True}).state_dict()
@@ -504,7 +514,9 @@ def test_stacks_of_matrices_decay_and_taps_do_not():
     model = torch.nn.ModuleDict(
         {"conv1": torch.nn.Conv1d(4, 4, 3), "conv2": torch.nn.Conv2d(1, 2, 3)}
     )
+    model["3"] = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(2, 6, 5))
     model["experts"] = torch.nn.ParameterList([torch.randn(3, 4, 5)])
+    model["positions"] = torch.nn.ParameterList([torch.randn(1, 7, 2)])
     groups = parameter_groups(model, weight_decay=0.3)
     found = {p.shape: g["weight_decay"] for g in groups for p in g["params"]}
     assert found.pop((3, 4, 5)) == 0.3

@@ -373,6 +373,11 @@ def test_causal_conv1d_fn_agrees_with_torch(channel_last, activation):
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(state, inputs[..., -3:]) and torch.equal(state, final)
     assert not final.requires_grad
+    with torch.no_grad():
+        _, state = compat.causal_conv1d_fn(
+            x, weight, bias, initial_states=before, return_final_states=True, final_states_out=final
+        )
+    assert state is final
     for got, theirs in zip(gradients(out, leaves), gradients(expected, leaves), strict=True):
         torch.testing.assert_close(got, theirs, rtol=1e-5, atol=1e-5)
 

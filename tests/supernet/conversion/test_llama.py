@@ -18,6 +18,7 @@ from tests.supernet.conversion.checkpoints import (
     tensors_of,
 )
 from tossup.supernet.conversion import load_checkpoint, save_checkpoint
+from tossup.supernet.errors import ConfigError
 
 
 def llama(**settings) -> LlamaForCausalLM:
@@ -62,6 +63,19 @@ def test_settings_left_out_have_transformers_defaults(tmp_path):
     ours, theirs = load_checkpoint(folder), LlamaForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(logits(ours), logits(theirs).logits, rtol=0, atol=1e-5)
     assert ours.config.eos_token_id == theirs.config.eos_token_id == 2
+
+
+@pytest.mark.parametrize("token", [37, 2.0, "2", True, -2])
+def test_tokens_that_are_none_are_refused(token, tmp_path):
+    llama().save_pretrained(tmp_path / "in")
+    with pytest.raises(ConfigError, match="pad_token_id"):
+        load_checkpoint(edited(tmp_path / "in", tmp_path / "edited", pad_token_id=token))
+
+
+def test_old_checkpoints_pad_with_nothing(tmp_path):
+    llama().save_pretrained(tmp_path / "in")
+    ours = load_checkpoint(edited(tmp_path / "in", tmp_path / "edited", pad_token_id=-1))
+    assert ours.config.pad_token_id is None
 
 
 def test_a_placement_of_attention_alone_is_a_llama(tmp_path):
