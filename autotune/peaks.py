@@ -6,7 +6,9 @@ from functools import partial
 
 @dataclass(frozen=True)
 class Floor:
-    """Work that no implementation is spared, as the docstrings of kernels/*/kernel.py count it.
+    """What our algorithms cannot do without, as the docstrings of kernels/*/kernel.py count it.
+
+    Backward passes of attention and of the scan compute again what others may keep.
 
     bytes: to and from the memory of the GPU. matrix_flops: in 16 bits, which tensor cores do.
     float32_flops: of products in float32, which they do not. mufu: special functions, one for each

@@ -99,7 +99,9 @@ def tune(
         if known and not again and (known.torch, known.triton) == versions():
             machine.say(f"{task.name}: measured on {known.date}")
             continue
-        entries[task.key.same] = contest(workload, prepared, task, machine)
+        entry = contest(workload, prepared, task, machine)
+        entries = {e.key.same: e for e in read(path)} if path.exists() else {}  # as it is by now
+        entries[task.key.same] = entry
         machine.write(path, written(machine.gpu, entries.values()))
         configs.forget()
 

@@ -58,7 +58,7 @@ run() { # run NAME SECONDS COMMAND …: its output goes to NAME.log, and its end
 alone() { # alone SECONDS: peers are built, or given up that long before the end
 	[ -n "$BUILD" ] || return
 	local left=$((DEADLINE - SECONDS - $1))
-	timeout $((left > 30 ? left : 30)) tail --pid="$BUILD" -f /dev/null || kill "$BUILD"
+	timeout $((left > 1 ? left : 1)) tail --pid="$BUILD" -f /dev/null || kill "$BUILD"
 	tail -n 3 "$LOGS/peers.log"
 	BUILD=
 }
@@ -117,7 +117,11 @@ for part in $PARTS; do
 	attention) # OPS' first, by itself, as FlexAttention is compiled for each shape
 		alone 280
 		left=$((DEADLINE - SECONDS < 280 ? DEADLINE - SECONDS : 280))
-		run attention "$left" python3 -m bench.record --device cuda --seconds 0.3 --limit $((left - 15)) --output "$LOGS/results" --op attention
+		if [ "$left" -gt 15 ]; then
+			run attention "$left" python3 -m bench.record --device cuda --seconds 0.3 --limit $((left - 15)) --output "$LOGS/results" --op attention
+		else
+			ENDED+=('"attention": "no time was left"')
+		fi
 		;;
 	dispatch)
 		alone 250
@@ -145,7 +149,7 @@ for part in $PARTS; do
 		;;
 	tune) # killed, it goes on from build/configs.json, if that is still there; it is for kernels/configs/
 		run tune 500 python3 -m tossup.supernet tune --output build/configs.json
-		cp build/configs.json "$LOGS"
+		cp build/configs.json "$LOGS" && pack
 		;;
 	*) ENDED+=("\"$part\": \"is no part\"") ;;
 	esac
@@ -154,4 +158,4 @@ done
 [ -n "$BUILD" ] && kill "$BUILD" 2>/dev/null
 pack
 cat "$OUTPUT/summary.json"
-! grep -qE 'failed|stopped|no part|no time' "$OUTPUT/summary.json"
+! grep -qE 'failed|stopped|no part|no time|no BASE' "$OUTPUT/summary.json"

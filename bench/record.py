@@ -27,6 +27,8 @@ from tossup.autotune.workloads import OPS, op_named, shipped
 from tossup.supernet.benchmark import add_ops
 from tossup.supernet.devices import device_of
 
+INTERRUPTED = "interrupted, and what comes after it was not raced"
+
 
 def race_op(op: str, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
     for workload in shipped(device.type):
@@ -57,6 +59,8 @@ def in_process(op: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                 failed = f"the process ended with {done.returncode}"
         except subprocess.TimeoutExpired:
             failed = f"what was left after {options.limit:g} s was not raced"
+        except KeyboardInterrupt:
+            failed = INTERRUPTED
         races = (
             [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         )
@@ -102,6 +106,8 @@ def main() -> int:
     for op in options.op:
         races += in_process(op, options)
         path = write_record(record, options.output)  # after each op, lest the next lose them all
+        if races and races[-1].get("failed") == INTERRUPTED:
+            break
     print(path)
     failed = [r for r in races if "failed" in r]
     return 1 if failed else 0

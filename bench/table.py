@@ -44,7 +44,7 @@ def markdown(record: dict[str, Any]) -> str:
             more = f" {ours['tflops']:.0f} | {share} |" if ours["tflops"] else f" – | {share} |"
         case = f"{race['workload']}, {race['direction']}"
         for name, peer in peers or [("none", None)]:
-            theirs = f"{times(peer)} | {peer['ratio']:.3g} ×" if peer else "– | –"
+            theirs = f"{times(peer)} | {digits(peer['ratio'])} ×" if peer else "– | –"
             lines.append(f"| {case} | {times(ours)} | {name} | {theirs} |{more}")
     untimed = {
         f"{name} ({entrant['untimed']})"
@@ -66,8 +66,9 @@ def times(entrant: dict[str, Any]) -> str:
     return f"{digits(median)} ({digits(p20)}–{digits(p80)})"
 
 
-def digits(milliseconds: float) -> str:
-    return f"{milliseconds:.0f}" if milliseconds >= 1000 else f"{milliseconds:.3g}"
+def digits(number: float) -> str:
+    short = f"{number:.3g}"
+    return f"{number:.0f}" if float(short) >= 1000 else short
 
 
 def plot(record: dict[str, Any], folder: Path) -> list[Path]:

@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from ..autotune.machine import describe
 from ..autotune.races import race, table
 from ..autotune.workloads import ALIASES, OPS, Workload, build, import_workloads, keys
@@ -22,6 +24,8 @@ def benchmark(words: Sequence[str], device: str, as_json: bool, modules: Sequenc
     add_ops(modules)
     workload, directions = parse(words)
     where = device_of(device, "--device")
+    if where.type == "cpu":
+        torch.set_num_threads(1)  # as records are made
     races = race(workload, where, directions, SECONDS[where.type])
     about = describe(where)
     if as_json:

@@ -210,8 +210,8 @@ def parameter_groups(model: nn.Module, weight_decay: float | None = None) -> lis
         the mixer by its place among the layer's. What several of them share, and everything else,
         is shared.
     weight_decay: of matrices, stacks of several too; None is the optimizer's. Norms, biases,
-        convolutions, `A_log`, `D` and what is marked `_no_weight_decay`, as by mamba_ssm and others,
-        do not decay.
+        convolutions, `A_log`, `D` and what mamba_ssm and others mark with `_no_weight_decay` do not
+        decay.
 
     Raises ValueError where two layers have one number, and where a mixer under device dispatch
     shares a parameter with another module: its backward pass would overwrite the other's part of

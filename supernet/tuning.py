@@ -12,6 +12,7 @@ import torch
 import triton
 from tqdm import tqdm
 
+from ..autotune.errors import WrongResult
 from ..autotune.offline import SHARED_MEMORY, fusing
 from ..autotune.pruning import Survey, survey_all
 from ..autotune.timing import GpuStopwatch, Stopwatch, Timing, rounds_within, take_turns
@@ -59,10 +60,17 @@ def measure_all(workloads: Sequence[Workload], again: bool, output: Path | None)
     stopwatch = GpuStopwatch()
     with pruning(arch) as prune, stopwatch.here():
         machine = Machine(gpu, prune, partial(measure, stopwatch), write_atomically, tqdm.write)
+        wrong = []
         for workload in workloads:
             tqdm.write(workload.name)
-            tune(workload, workload.prepare("cuda"), path, machine, again)
+            try:
+                tune(workload, workload.prepare("cuda"), path, machine, again)
+            except WrongResult as error:  # of one workload, which the others need not wait for
+                tqdm.write(str(error))
+                wrong.append(error)
     tqdm.write(str(path))
+    if wrong:
+        raise wrong[0]
 
 
 def refuse_malformed(path: Path) -> None:

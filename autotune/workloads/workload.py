@@ -76,8 +76,11 @@ class Prepared:
     def wrong(self, results: Results) -> str | None:
         """The first result that is further off than allowed, as a sentence; None if there is none.
 
-        Parts of which `results` holds nothing are not compared.
+        Parts of which `results` holds nothing are not compared, but one has to be.
         """
+        known = {part.result for part in self.expected()}
+        if not known & results.keys():
+            return f"it gives {', '.join(results) or 'nothing'}, the reference {', '.join(known)}"
         for part in self.expected():
             if part.result in results and not part.error(results) <= part.allowed:
                 return (

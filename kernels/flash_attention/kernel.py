@@ -85,11 +85,12 @@ LANES: Tiles = {  # float32, whose products have no matrix unit
 
 def configure(
     kernel: str, q: Tensor, queries: int, keys: int, sequences: int, window: tuple[int, int],
-    described: bool, busy: bool,
+    packing: str, described: bool, busy: bool,
 ) -> dict[str, int]:  # fmt: skip
     """Tiles, warps and stages of a kernel: forward, the same for few queries, dq or dkdv.
 
-    queries, keys: of the longest sequence. window: (left, right). described: whether descriptors
+    queries, keys: of the longest sequence. window: (left, right). packing: see `packing_of`.
+    described: whether descriptors
     can load the tiles that it goes through; in the result, whether they do. busy: whether softcap,
     ALiBi or dropout need registers of their own.
     """
@@ -98,7 +99,7 @@ def configure(
     described = described and arch() >= LEAST_ARCH
     facts = {
         "dtype": str(q.dtype), "head_dim": head_dim, "left": left >= 0, "right": right >= 0,
-        "described": described, "busy": busy,
+        "packing": packing, "described": described, "busy": busy,
     }  # fmt: skip
     sizes = {
         "queries": (queries, 16384),
@@ -109,6 +110,14 @@ def configure(
     tiles = heuristic(kernel, head_dim, q.dtype, described, busy)
     chosen = configs.choose(f"flash_attention.{kernel}", facts, sizes, tiles)
     return {"BLOCK_D": max(16, next_power_of_2(head_dim)), **chosen}
+
+
+def packing_of(cu_seqlens: Tensor | None, bounds: Tensor | None) -> str:
+    """How sequences lie, of which the work depends that a shape leaves: one in a row, several, or
+    one after the other."""
+    if bounds is not None:
+        return "rows"
+    return "none" if cu_seqlens is None else "packed"
 
 
 def heuristic(
@@ -255,7 +264,8 @@ def forward(
         *_, seqlen_q, heads, head_dim = q.shape
     sequences, longest_q, longest_k = extents(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
     few = longest_q <= FEW
-    shape = q, longest_q, longest_k, sequences, (left, right)
+    packing = packing_of(cu_seqlens_q, bounds)
+    shape = q, longest_q, longest_k, sequences, (left, right), packing
     described = dense and not few and describable(k, v)
     config = configure("decode" if few else "forward", *shape, described, busy)
     tiles = descriptors(config, "BLOCK_N", k, v)
@@ -318,7 +328,8 @@ def backward(
         in_units(x, where["UNIT"]) for x in (dout, q, k, v, out, dq, dk)
     )
 
-    shape, dense = (q, longest_q, longest_k, sequences, (left, right)), cu_seqlens_q is None
+    packing, dense = packing_of(cu_seqlens_q, bounds), cu_seqlens_q is None
+    shape = q, longest_q, longest_k, sequences, (left, right), packing
     config = configure("dq", *shape, dense and describable(k, v), busy)
     tiles = descriptors(config, "BLOCK_N", k, v)
     dq_kernel[grid_of(heads, longest_q, config["BLOCK_M"], sequences)](

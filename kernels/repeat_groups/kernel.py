@@ -93,7 +93,7 @@ def launch(kernel, name, out, x, group, count, samples):
     refuse_more_samples_than_programs(len(x))
     dim, wider = sorted((x.shape[2], out.shape[2]))
     batch, seqlen, _ = x.shape
-    options = configure(name, x, dim, wider // dim)
+    options = configure(name, x, dim, group, wider // dim)
     grid = (cdiv(seqlen, options["BLOCK_T"]), cdiv(dim, options["BLOCK_DIM"]), batch)
     kernel[grid](
         x, out, count, samples, seqlen, dim, x.stride(), out.stride(),
@@ -101,10 +101,11 @@ def launch(kernel, name, out, x, group, count, samples):
     )  # fmt: skip
 
 
-def configure(kernel: str, x: Tensor, dim: int, repeats: int) -> configs.Config:
+def configure(kernel: str, x: Tensor, dim: int, group: int, repeats: int) -> configs.Config:
     """A tile and its warps; untuned, 2048 channels, along channels first. dim: of the narrower."""
     batch, seqlen, _ = x.shape
-    facts = {"dtype": str(x.dtype), "repeats": repeats}
+    # What loads are as wide as: the power of two that divides a group
+    facts = {"dtype": str(x.dtype), "repeats": repeats, "group": min(group & -group, 16)}
     sizes = {"tokens": (batch * seqlen, 65536), "channels": (dim, 4096)}
     block_dim = min(next_power_of_2(dim), 256)
     heuristic = {"BLOCK_T": 2048 // block_dim, "BLOCK_DIM": block_dim, "num_warps": 4}

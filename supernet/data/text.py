@@ -131,7 +131,7 @@ class _Windows:
     def digest(self) -> str:
         """A hash of the bytes and of where files begin."""
         whole = hashlib.sha256(self._starts.tobytes())
-        whole.update(self._bytes)
+        whole.update(self._bytes.data)
         return whole.hexdigest()
 
 

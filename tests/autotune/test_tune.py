@@ -203,6 +203,22 @@ def test_an_interrupted_tuner_goes_on_where_it_was(path):
     assert run(op, path)[0] == [] and len(run(op, path, again=True)[0]) == 2
 
 
+def test_what_another_tuner_wrote_meanwhile_stays(path):
+    run(Op(), path)
+    theirs = path.read_text().replace('"tokens": 64', '"tokens": 128')
+    path.unlink()
+    configs.forget()
+
+    class Slow(Op):
+        def measure(self, calls):
+            if not path.exists():
+                path.write_text(theirs)
+            return super().measure(calls)
+
+    run(Slow(), path)
+    assert sorted(dict(e.key.sizes)["tokens"] for e in read(path)) == [64, 64, 128, 128]
+
+
 def test_other_versions_are_measured_anew_and_other_entries_stay(path, monkeypatch):
     run(Op(), path)
     before = list(read(path))

@@ -1,6 +1,10 @@
 """The registry: what its workloads compute, what they are compared with, and their floors."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,8 @@ from tossup.autotune.workloads import (
     shipped,
 )
 from tossup.kernels.flash_attention import flash_attention
+
+ROOT = Path(__file__).parents[2]
 
 SMALL = {
     "attention": {"seqlen": 37, "heads": 4, "kv_heads": 2, "head_dim": 16},
@@ -79,6 +85,38 @@ def test_every_result_is_compared_and_a_wrong_one_is_named(op):
         assert prepared.wrong(results | {name: off}).startswith(f"{name} is off by ")
         off[(-1,) * off.ndim] = float("nan")
         assert prepared.wrong(results | {name: off}).startswith(f"{name} is off by inf")
+
+
+def test_results_of_other_names_are_refused():
+    """Or a workload of a user's would be timed, and never checked."""
+    prepared = small("linear").prepare("cpu")
+    for results in ({}, {"y": torch.ones(2)}):
+        assert "the reference" in prepared.wrong(results)
+
+
+@pytest.mark.parametrize(
+    ("op", "one", "other"),
+    [
+        ("attention", {}, {"sequences": 4, "seqlen": 36}),
+        ("attention", {"causal": False}, {"sequences": 4, "seqlen": 36, "causal": False}),
+        ("repeat_groups", {"group": 16, "dim": 64}, {"group": 1, "dim": 64}),
+    ],
+)
+def test_other_work_asks_for_configurations_of_its_own(op, one, other):
+    program = f"""
+from tossup.autotune.offline import offline
+from tossup.autotune.on_meta import calls_on_meta, launching
+from tossup.autotune.tune import tasks_of
+from tossup.autotune.workloads import build
+found = []
+for values in {one, other}:
+    workload = build({op!r}, dict(batch=2, seqlen=36) | values)
+    with offline(90), launching():
+        found.append({{task.key.facts for task in tasks_of(workload, calls_on_meta(workload))}})
+assert found[0] and not found[0] & found[1]
+"""
+    without = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", program], env=without, cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from bench.records import new_record, newest, write_record
 from bench.tally import Tally
 from tests.bench.copies import copy_folders
 from tossup.autotune import races
+from tossup.autotune.errors import WrongResult
 from tossup.autotune.workloads import build
 from tossup.autotune.workloads import linear as linears
 
@@ -130,6 +131,22 @@ def test_ratios_to_peers_trip_the_gate_whatever_the_machine(monkeypatch):
     monkeypatch.setattr(gate, "race", recorded(slow=1.5))
     worse = gate.check_ratios(record(), [WORKLOAD], 0.0).worse
     assert [sentence.partition(", by torch: 1.")[0] for sentence in worse] == CASES
+
+
+def test_a_wrong_result_and_a_peer_that_is_gone_at_a_second_look_end_no_gate(monkeypatch):
+    def race(workload, device, directions, seconds):
+        if directions == ["dgrad"]:
+            raise WrongResult("dx is off by 1")
+        (found,) = slow(workload, device, directions, seconds)
+        if next(looks) % 2:
+            del found["entrants"]["torch"]
+        return [found]
+
+    looks, slow = count(), recorded(slow=1.5)
+    monkeypatch.setattr(gate, "race", race)
+    tally = gate.check_ratios(record(), [WORKLOAD], 0.0)
+    assert (tally.compared, tally.cases) == (2, 3)
+    assert f"{CASES[1]}: head: dx is off by 1" in tally.worse and len(tally.worse) == 3
 
 
 def test_what_can_no_longer_be_measured_is_told(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Records of races, the tables and plots made from them, and what builds the peers."""
 
+import json
 import re
 import tarfile
 from types import SimpleNamespace
@@ -114,6 +115,35 @@ def test_a_process_that_ends_early_keeps_what_it_did(monkeypatch):
     assert first == {"workload": "first"} and rest["failed"].startswith("what was left after 5 s")
     options.limit = 0
     assert record.in_process("linear", options)[1]["failed"] == "the process ended with 3"
+
+
+def test_an_interrupted_record_is_written_and_ends(monkeypatch, tmp_path):
+    """As device.sh interrupts it, whose time is short."""
+    raced, other = [], record.subprocess.run
+
+    def run(command, **options):
+        if "--append" not in command:
+            return other(command, **options)
+        raced.append(command[command.index("--op") + 1])
+        open(command[command.index("--append") + 1], "w").write(json.dumps(one_race()) + "\n")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record.subprocess, "run", run)
+    monkeypatch.setattr(record.host, "measure", dict)
+    monkeypatch.setattr(record.startup, "measure", dict)
+    words = ["record", "--op", "linear", "rotary", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", words)
+    assert record.main() == 1 and raced == ["linear"]
+    (path,) = tmp_path.glob("*/*.json")
+    first, rest = json.loads(path.read_text())["races"]
+    assert first["workload"] == "linear batch=1" and rest["failed"].startswith("interrupted")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0.94812, "0.948"), (12.04, "12"), (999.6, "1000"), (1234.5, "1234")]
+)
+def test_numbers_have_three_digits_and_no_exponent(number, text):
+    assert table.digits(number) == text
 
 
 def test_sources_come_from_the_newest_distribution(tmp_path):
