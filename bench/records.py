@@ -29,10 +29,27 @@ def write_record(record: dict[str, Any], results: Path = RESULTS) -> Path:
 
 
 def newest(folder: Path) -> dict[str, Any]:
-    """The last record of one device; FileNotFoundError where there is none."""
-    for record in newest_first(folder):
-        return record
-    raise FileNotFoundError(f"{folder} holds no record")
+    """The last record of one device, with the cases that it lacks from others of the same commit
+    and packages: a device run writes one for each of its parts.
+
+    FileNotFoundError where there is none.
+    """
+    records = newest_first(folder)
+    record = next(records, None)
+    if record is None:
+        raise FileNotFoundError(f"{folder} holds no record")
+    made_of = record.get("commit"), record["packages"]
+    races = {case_of(race): race for race in record["races"]}
+    for other in records:
+        if made_of[0] and (other.get("commit"), other["packages"]) == made_of:
+            for race in other["races"]:
+                if "failed" in races.get(case_of(race), {"failed": None}):
+                    races[case_of(race)] = race
+    return record | {"races": [*races.values()]}
+
+
+def case_of(race: dict[str, Any]) -> tuple[str, str]:
+    return race["workload"], race["direction"]
 
 
 def newest_first(folder: Path) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,7 @@ from ..autotune.peaks import PEAKS, Peak
 from ..autotune.roofline import estimate, floor_of
 from ..autotune.timing import CpuStopwatch, GpuStopwatch
 from ..autotune.workloads.workload import SHORT
+from ..kernels.configs import slug
 from .config import LatencyConfig, ModelConfig
 from .devices import device_of
 from .errors import ConfigError
@@ -30,7 +31,7 @@ PROMPT = 1024  # tokens that go into a cache at a time
 def write_latencies(config: LatencyConfig) -> tuple[Path, LatencyTable]:
     """Raises ConfigError where a GPU's peaks are not known, or tables do not go together."""
     table = measured(config) if config.gpu is None else roofline(config, config.gpu)
-    name = "latency" if config.gpu is None else "roofline"
+    name = "latency" if config.gpu is None else f"roofline-{slug(config.gpu)}"
     of = "" if config.direction == "forward" else f"-{config.direction}"
     path = config.table or config.output / f"{name}{of}.json"
     write_atomically(path, table.text())

@@ -23,10 +23,12 @@ BATCHES = "batches", "batch_size"  # of a search's settings, those that its scor
 
 
 class Cost(NamedTuple):
-    """of: a placement's cost; lower is better. unit: what that is, in words."""
+    """of: a placement's cost; lower is better. unit: what that is, in words. table: a digest of the
+    figures that it is made of, if they come from a file."""
 
     of: Callable[[Placement], float]
     unit: str
+    table: str | None = None
 
 
 def write_result(
@@ -114,6 +116,7 @@ def searched(config: SearchConfig, space: SearchSpace, cost: Cost | None) -> dic
         "score_metric": config.score_metric,
         "higher_is_better": config.higher_is_better,
         "cost_unit": None if cost is None else cost.unit,
+        "cost_table": None if cost is None else cost.table,
     }
 
 

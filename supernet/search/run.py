@@ -102,7 +102,8 @@ def cost_model(config: SearchConfig, model: SupernetModel, seqlen: int) -> Cost:
     key = config.key("latency_table")
     table = read(config.latency_table, key)
     check_model(table, model.config, f"{key}: {config.latency_table}")
-    return Cost(partial(cost_of, table), table.meaning)
+    digest = hashlib.sha256(table.text().encode()).hexdigest()
+    return Cost(partial(cost_of, table), table.meaning, digest)
 
 
 def check_outputs(output: Path, config: SearchConfig) -> None:

@@ -379,14 +379,37 @@ def test_a_gate_that_is_ended_takes_its_worktree_away(tmp_path):
 
 
 def test_records_are_written_whole_and_the_newest_is_found(tmp_path):
-    first = new_record(torch.device("cpu"), [{"seconds": [0.123456]}])
+    race = {"workload": "linear", "direction": "dgrad", "seconds": [0.123456]}
+    first = new_record(torch.device("cpu"), [race])
     path = write_record(
         first | {"device": "Some GPU", "time": "2026-01-02T03:04:05+00:00"}, tmp_path
     )
     assert path == tmp_path / "some_gpu/20260102T030405.json"
     write_record(first | {"device": "Some GPU", "time": "2026-01-03T03:04:05+00:00"}, tmp_path)
     assert newest(path.parent)["time"].startswith("2026-01-03")
-    assert newest(path.parent)["races"] == [{"seconds": [0.1235]}]
+    assert newest(path.parent)["races"] == [race | {"seconds": [0.1235]}]
     assert [p.suffix for p in path.parent.iterdir()] == [".json"] * 2
     with pytest.raises(FileNotFoundError, match="holds no record"):
         newest(tmp_path)
+
+
+def test_records_of_one_commit_complete_each_other(tmp_path):
+    """As device.sh writes one for attention, and one for what else was raced."""
+
+    def race(workload, **more):
+        return {"workload": workload, "direction": "forward", "of": more.pop("of"), **more}
+
+    about = {"device": "Some GPU", "packages": {"torch": "2"}}
+    for day, commit, of_part in (
+        (1, "b", [race("scan", of=1)]),
+        (2, "a", [race("attention", of=2), race("linear", of=2)]),
+        (3, "b", [race("attention", of=3), race("linear", of=3), race("rotary", of=3)]),
+        (4, "b", [race("attention", of=4), race("linear", of=4, failed="it is off by 1")]),
+    ):
+        time = f"2026-01-0{day}T03:04:05+00:00"
+        write_record(about | {"time": time, "commit": commit, "races": of_part}, tmp_path)
+    found = newest(tmp_path / "some_gpu")
+    assert found["time"].startswith("2026-01-04")
+    assert {race["workload"]: race["of"] for race in found["races"]} == {
+        "attention": 4, "linear": 3, "rotary": 3, "scan": 1
+    }  # fmt: skip

@@ -160,9 +160,9 @@ def test_tables_of_other_shapes_calibrate_a_roofline(tmp_path):
         took = {n: factor * m.milliseconds for n, m in other.mixers.items()}
         paths.append(written(tmp_path / f"{len(paths)}.json", table_of(took, **shape)))
     path, table = write_latencies(config_of(tmp_path, gpu=H200, measured=paths))
-    assert path == tmp_path / "roofline.json" and read_table(path) == table
+    assert path == tmp_path / "roofline-nvidia_h200.json" and read_table(path) == table
     decoded, _ = write_latencies(config_of(tmp_path, gpu=H200, direction="decode"))
-    assert decoded == tmp_path / "roofline-decode.json"
+    assert decoded == tmp_path / "roofline-nvidia_h200-decode.json"
     for name, floor in floors.mixers.items():
         assert table.mixers[name].milliseconds == pytest.approx(2 * floor.milliseconds)
         assert table.mixers[name].error == pytest.approx(0, abs=1e-9)
@@ -258,6 +258,10 @@ def test_a_search_weighs_quality_against_latency(tmp_path, capsys):
         "batch 4, 16 tokens"
     )
     assert found["beam"][0]["score"] == by_flops["beam"][0]["score"]
+
+    written(path, table_of({"attention": 6.0, "mamba": 0.25}))
+    assert main(by_latency) == 2  # by other figures too
+    assert "holds a search whose cost_table is" in capsys.readouterr().err
 
     assert main(by_latency[:-1]) == 2
     assert "cost latency takes a latency_table" in capsys.readouterr().err
