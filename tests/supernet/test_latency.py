@@ -259,7 +259,7 @@ def test_a_search_weighs_quality_against_latency(tmp_path, capsys):
     )
     assert found["beam"][0]["score"] == by_flops["beam"][0]["score"]
 
-    written(path, table_of({"attention": 6.0, "mamba": 0.25}))
+    written(tmp_path / "table.json", table_of({"attention": 6.0, "mamba": 0.25}))
     assert main(by_latency) == 2  # by other figures too
     assert "holds a search whose cost_table is" in capsys.readouterr().err
 
