@@ -530,25 +530,6 @@ def test_a_step_that_does_not_fit_its_cache_is_refused(change, message):
     assert torch.equal(cache, before)
 
 
-@pytest.mark.parametrize(
-    "filled, window_size", [(1, (2, 1)), (3, (0, 1)), (4, (9, 16)), (2, (1, 15))]
-)
-def test_a_window_is_measured_by_the_whole_cache_wherever_its_filling_is_known(filled, window_size):
-    """flash-attn makes a tensor of a number, and lifts windows as wide as the cache."""
-    q, cache = QKV[:, :6, 0], normal(2, 16, 4, 8)
-    outs = [
-        compat.flash_attn_with_kvcache(
-            q, cache, cache, cache_seqlens=lengths, window_size=window_size
-        )
-        for lengths in (filled, torch.full((2,), filled, dtype=torch.int32))
-    ]
-    torch.testing.assert_close(*outs)
-    lifted = -1 if window_size[1] >= 16 else window_size[1]
-    keys = cache[:, :filled]
-    expected = flash_attention(q, keys, keys, window_size=(window_size[0], lifted))
-    torch.testing.assert_close(outs[0], expected)
-
-
 @pytest.mark.parametrize("on_device", [False, True])
 def test_a_step_makes_no_log_sum_exp_that_nobody_asked_for(on_device):
     """Each layer and token would launch what mends it."""

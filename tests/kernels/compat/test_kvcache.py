@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tossup.kernels import compat
+from tossup.kernels.flash_attention import flash_attention
 from tossup.kernels.rotary import rotary_angles
 
 BATCH, NEW, HEADS, KV_HEADS, DIM, ROOM, ENTRIES = 3, 2, 4, 2, 8, 16, 5
@@ -122,3 +123,22 @@ def test_a_step_behind_a_cache(seed):
     outs, lses = (torch.stack(column) for column in zip(*rows, strict=True))
     for ours, theirs in ((out, outs), (lse, lses), (keys, kept[0]), (values, kept[1])):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "filled, window_size", [(1, (2, 1)), (3, (0, 1)), (4, (9, 16)), (2, (1, 15))]
+)
+def test_a_window_is_measured_by_the_whole_cache_wherever_its_filling_is_known(filled, window_size):
+    """flash-attn makes a tensor of a number, and lifts windows as wide as the cache."""
+    q, cache = torch.randn(2, 6, HEADS, DIM), torch.randn(2, ROOM, HEADS, DIM)
+    outs = [
+        compat.flash_attn_with_kvcache(
+            q, cache, cache, cache_seqlens=lengths, window_size=window_size
+        )
+        for lengths in (filled, torch.full((2,), filled, dtype=torch.int32))
+    ]
+    torch.testing.assert_close(*outs)
+    lifted = -1 if window_size[1] >= ROOM else window_size[1]
+    keys = cache[:, :filled]
+    expected = flash_attention(q, keys, keys, window_size=(window_size[0], lifted))
+    torch.testing.assert_close(outs[0], expected)
