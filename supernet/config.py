@@ -258,8 +258,8 @@ MixerConfig = Annotated[
 
 
 # Of a ModelConfig: what no weight depends on
-OF_TEXT = "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"
-
+TOKENS = "bos_token_id", "eos_token_id", "pad_token_id"
+OF_TEXT = *TOKENS, "max_position_embeddings"
 
 Token = Annotated[StrictInt, Field(ge=0)]
 
@@ -296,7 +296,7 @@ class ModelConfig(Strict):
 
     @model_validator(mode="after")
     def tokens_are_known(self) -> "ModelConfig":
-        for key in OF_TEXT[:3]:
+        for key in TOKENS:
             value = getattr(self, key)
             tokens = value if isinstance(value, tuple) else () if value is None else (value,)
             for token in tokens:

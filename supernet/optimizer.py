@@ -282,7 +282,8 @@ def forget_gradients(model: nn.Module, optimizer: Optimizer) -> None:
     model: in which StochasticMixers under device dispatch keep the memory of their mixers'
         gradients, as a captured step needs it; their next backward pass overwrites it. A mixer that
         no sample takes leaves it as it is, so the optimizer must know what was used. Among several
-        ranks it is zeroed, because their gradients are summed.
+        ranks it is zeroed, because their gradients are summed, and so is what is sharded, because
+        FSDP2 adds to what it finds.
     """
     layers = [module for module in model.modules() if isinstance(module, StochasticMixer)]
     routed = [layer for layer in layers if layer.dispatch == "device"]

@@ -119,6 +119,22 @@ for step in range(3):
     torch.testing.assert_close(*norms)
 for ours, theirs in zip(model.parameters(), whole.parameters()):
     torch.testing.assert_close(ours.full_tensor().data, theirs.data)
+layers = torch.nn.ModuleList(
+    tossup.StochasticMixer(make(), layer=i, dispatch="device") for i in range(2)
+)
+parts, x = copy.deepcopy(layers), torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(9))
+fully_shard(parts[0], mesh=mesh)  # and not the other one
+optimizers = [tossup.GatedAdamW(tossup.parameter_groups(m)) for m in (layers, parts)]
+for _ in range(3):
+    for m, optimizer in zip((layers, parts), optimizers):
+        table = tossup.MixerTable.of(torch.tensor([[0, 1], [1, 1]]), 2, 2)
+        m[1](m[0](x, table=table), table=table).sum().backward()
+    for (name, one), other in zip(layers.named_parameters(), parts.parameters()):
+        if not name.startswith("1.mixers.a"):  # which nobody took
+            found = other.grad.full_tensor() if name[0] == "0" else other.grad
+            torch.testing.assert_close(found, one.grad, rtol=1e-4, atol=1e-4)
+    for m, optimizer in zip((layers, parts), optimizers):
+        tossup.forget_gradients(m, optimizer)
 for make in (lambda: tossup.Mamba(16, d_state=4), lambda: tossup.GroupedMamba(16, 16, 8, 4)):
     with torch.device("meta"):
         mixer = make()
