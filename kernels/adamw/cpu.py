@@ -37,8 +37,12 @@ def adamw_(
     if not taken:
         return
     written = [[column[place] for place in taken] for column in (params, exp_avgs, exp_avg_sqs)]
-    # The fused call walks through memory, gaps and all
-    filled = [[without_gaps(x) for x in column] for column in (*written, taken.values())]
+    # The fused call walks through memory, gaps and all; what belongs together is laid out alike
+    dense = [*map(torch.ops.aten.is_non_overlapping_and_dense, written[0])]
+    filled = [
+        [x if whole else x.contiguous() for x, whole in zip(column, dense, strict=True)]
+        for column in (*written, taken.values())
+    ]
     counts = [steps[place] for place in taken]
     torch._foreach_add_(counts, 1)  # the fused call only reads them
     torch._fused_adamw_(
@@ -50,10 +54,6 @@ def adamw_(
         for x, copy in zip(column, copies, strict=True):
             if copy is not x:
                 x.copy_(copy)
-
-
-def without_gaps(x: Tensor) -> Tensor:
-    return x if torch.ops.aten.is_non_overlapping_and_dense(x) else x.contiguous()
 
 
 def gradient_norm(

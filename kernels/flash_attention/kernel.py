@@ -90,9 +90,8 @@ def configure(
     """Tiles, warps and stages of a kernel: forward, the same for few queries, dq or dkdv.
 
     queries, keys: of the longest sequence. window: (left, right). packing: see `packing_of`.
-    described: whether descriptors
-    can load the tiles that it goes through; in the result, whether they do. busy: whether softcap,
-    ALiBi or dropout need registers of their own.
+    described: whether descriptors can load the tiles that it goes through; in the result, whether
+    they do. busy: whether softcap, ALiBi or dropout need registers of their own.
     """
     heads, head_dim = q.shape[-2:]
     left, right = window
